@@ -1,0 +1,129 @@
+"""The `posttrain` command. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from stages.errors import InputError
+
+FLOWS = ("rlhf",)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 when all went well, 2 for what a person can mend (one line on stderr)."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="posttrain", description="Post-train language models in staged, versioned artifacts.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe; what is computed already is skipped")
+    run.add_argument("recipe", type=Path, help="a YAML file, for example configs/quickstart.yaml")
+    run.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", dest="settings", help="change one value")
+    run.add_argument("--seed", type=int, help="the recipe's seed")
+    run.add_argument("--from", dest="from_step", metavar="STEP", help="recompute this step and what follows from it")
+    run.add_argument("--dry-run", action="store_true", help="say what each step would do, and why; compute nothing")
+    run.add_argument("--json", action="store_true", help="end with one JSON document on stdout; all else goes to stderr")
+    run.set_defaults(command=run_command)
+
+    artifacts = commands.add_parser("artifacts", help="list the datasets and models made so far")
+    artifacts.add_argument("name", nargs="?", help="only names that contain this")
+    artifacts.set_defaults(command=artifacts_command)
+    return top
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`posttrain run`."""
+    stdout = _divert_stdout()
+    from flows.recipe import parse, read_recipe
+
+    values = read_recipe(options.recipe, options.settings, options.seed)
+    if values["flow"] not in FLOWS:
+        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}; there are {', '.join(FLOWS)}")
+    from tasks.home import configure_environment
+
+    root = configure_environment()
+    if options.dry_run:
+        return _plan(options, values, stdout)
+    from flows.server import start_prefect_server, wait_until_ready
+
+    # The server starts while this process imports what it needs.
+    start_prefect_server(root)
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    module = importlib.import_module(f"flows.{values['flow']}")
+    recipe = parse(module.RECIPE, values, str(options.recipe))
+    importlib.import_module("stages.request")
+    wait_until_ready(root)
+    from tasks.display import Terminal
+    from tasks.report import print_results
+
+    with Terminal() as terminal:
+        results = module.FLOW(recipe, from_step=options.from_step)
+    print_results(terminal.console, recipe.name, results)
+    if options.json:
+        fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
+        json.dump({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout, indent=1)
+        stdout.write("\n")
+        stdout.flush()
+    return 0
+
+
+def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -> int:
+    from rich.console import Console
+
+    from flows.recipe import parse
+    from flows.runner import plan_pipeline
+    from tasks.report import print_plan
+
+    module = importlib.import_module(f"flows.{values['flow']}")
+    recipe = parse(module.RECIPE, values, str(options.recipe))
+    pipeline = plan_pipeline(recipe, module.steps, options.from_step)
+    if options.json:
+        rows = [
+            {"name": name, "stage": stage, "action": plan.action, "reason": plan.reason} for name, stage, plan in pipeline.plans
+        ]
+        json.dump({"stages": rows}, stdout, indent=1)
+        stdout.write("\n")
+        stdout.flush()
+    else:
+        print_plan(Console(file=stdout), recipe.name, pipeline.plans)
+    return 0
+
+
+def artifacts_command(options: argparse.Namespace) -> int:
+    """`posttrain artifacts`."""
+    from tasks.home import configure_environment
+    from tasks.report import print_artifacts
+    from tasks.store import Store
+
+    print_artifacts(Store(configure_environment()), options.name or "")
+    return 0
+
+
+def _divert_stdout() -> TextIO:
+    """Send everything that any library prints to stderr, and return the real stdout for the one document."""
+    sys.stdout.flush()
+    real = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return real
+
+
+if __name__ == "__main__":
+    sys.exit(main())

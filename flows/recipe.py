@@ -1,0 +1,146 @@
+"""Recipes: one YAML file is one flow's parameters."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from stages.artifacts import Kind
+from stages.errors import InputError
+from stages.specs.base import Config
+from tasks.launch import Launch
+
+
+class Recipe(Config):
+    """What every recipe has. Its other fields are one config a step."""
+
+    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {}
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][\w-]*$",
+        title="Name",
+        description="Prefix of the artifacts' names; the file's name when it is not given.",
+    )
+    seed: int = Field(default=0, title="Seed", description="Seed of every step that does not set its own.")
+    inputs: dict[str, str] = Field(
+        default_factory=dict,
+        title="Inputs",
+        description="References by name, e.g. model: org/name, ./folder, models:/NAME/3; data: ./rows.jsonl, procedural:NAME.",
+    )
+    launch: Launch = Field(default_factory=Launch, title="Launch", description="How stages are started.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds(cls, values: Any) -> Any:
+        """Give the recipe's seed to the steps that have none."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        for name, value in values.items():
+            kind = config_type(cls.model_fields[name].annotation) if name in cls.model_fields else None
+            if isinstance(value, dict) and kind is not None and "seed" in kind.model_fields:
+                filled[name] = {"seed": values.get("seed", 0), **value}
+        return filled
+
+    @model_validator(mode="after")
+    def _inputs(self) -> Recipe:
+        for name in self.inputs:
+            if name not in self.INPUT_KINDS:
+                raise ValueError(f"inputs: {name!r} is not an input of this flow{near(name, self.INPUT_KINDS)}")
+        return self
+
+    def references(self) -> dict[str, tuple[str, Kind]]:
+        """The inputs with what kind each is."""
+        return {name: (reference, self.INPUT_KINDS[name]) for name, reference in self.inputs.items()}
+
+
+def config_type(annotation: Any) -> type[BaseModel] | None:
+    """The config class of a field's annotation, through Optional."""
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    options = typing.get_args(annotation) if union else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def read_recipe(path: Path, settings: Sequence[str] = (), seed: int | None = None) -> dict[str, Any]:
+    """A recipe's mapping with `--set` and `--seed` applied, not validated yet. Raises InputError when it is no recipe."""
+    if not path.is_file():
+        others = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such recipe{near(str(path), others)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("flow"), str):
+        raise InputError(f"{path}: a recipe is a mapping with a key `flow`")
+    values.setdefault("name", path.stem)
+    for setting in settings:
+        apply(values, setting)
+    return values if seed is None else values | {"seed": seed}
+
+
+def apply(values: dict[str, Any], setting: str) -> None:
+    """Apply one `a.b.c=value`, the value read as YAML. Raises InputError when there is no `=` or a part is no mapping."""
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {setting}: write it as step.field=value")
+    *parents, last = path.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise InputError(f"--set {setting}: {parent} is a value, not a mapping")
+    value = yaml.safe_load(text)
+    # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            value = yaml.safe_load(text)
+    place[last] = value
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def parse(kind: type[R], values: Mapping[str, Any], where: str) -> R:
+    """Validate a recipe's mapping. Raises InputError with one line for each thing that is wrong, near names included."""
+    try:
+        return kind.model_validate({name: value for name, value in values.items() if name != "flow"})
+    except ValidationError as error:
+        raise InputError("\n".join(f"{where}: {explain(kind, problem)}" for problem in error.errors())) from error
+
+
+def explain(kind: type[BaseModel], problem: Any) -> str:
+    """One validation problem in words."""
+    *parents, last = (str(part) for part in problem["loc"]) if problem["loc"] else ("recipe",)
+    path = ".".join([*parents, last])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {path}{near(last, siblings(kind, parents))}"
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if not problem["loc"] else f"{path}: {message} (it is {problem['input']!r})"
+
+
+def siblings(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    """Names of the keys that are allowed below a path."""
+    for parent in parents:
+        field = kind.model_fields.get(parent)
+        inner = config_type(field.annotation) if field else None
+        if inner is None:
+            return []
+        kind = inner
+    return list(kind.model_fields)
+
+
+def near(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
+    """`; did you mean X?`, or the list of what there is."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}" if names else ""

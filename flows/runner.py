@@ -1,0 +1,38 @@
+"""What every flow's body does around its steps: resolve inputs once, run, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from prefect.runtime import flow_run
+
+from flows.recipe import Recipe
+from tasks.execute import StepResult
+from tasks.home import configure_environment
+from tasks.pipeline import Pipeline, resolve_inputs
+from tasks.store import Store
+
+R = TypeVar("R", bound=Recipe)
+Steps = Callable[[Pipeline, R], None]
+
+
+def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:
+    """Run a recipe's steps inside a Prefect flow run."""
+    store = Store(configure_environment())
+    pipeline_id = str(flow_run.id)
+    inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
+    pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, from_step=from_step)
+    steps(pipeline, recipe)
+    pipeline.check_from_step()
+    return pipeline.results
+
+
+def plan_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> Pipeline:
+    """What running a recipe would do now. Starts no server and computes nothing."""
+    store = Store(configure_environment())
+    inputs = resolve_inputs(store, recipe.name, recipe.references(), None)
+    pipeline = Pipeline(recipe.name, store, inputs, "", recipe.launch, only_plan=True, from_step=from_step)
+    steps(pipeline, recipe)
+    pipeline.check_from_step()
+    return pipeline

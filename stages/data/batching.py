@@ -1,0 +1,119 @@
+"""Which rows a step takes, and how they lie in memory.
+
+The rows of a step depend on the seed alone. How they are cut into micro-batches, sorted by length, padded or packed, and
+spread over ranks is operational: the loss is divided by one global count, so the gradient is the same (contract 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.data.tokens import TokenTable
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A micro-batch. Padded: B rows, right-padded. Packed: one row, sequences end to end, positions restarting at 0.
+
+    ids_BT, position_ids_BT: int64. attention_BT: 1 on tokens, 0 on padding; None when packed. target_BT: 1 on the tokens
+    whose log-prob is wanted; never the first token of a sequence, which nothing predicts. indices: the sequences in it.
+    """
+
+    ids_BT: torch.Tensor
+    position_ids_BT: torch.Tensor
+    attention_BT: torch.Tensor | None
+    target_BT: torch.Tensor
+    indices: tuple[int, ...]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        attention = None if self.attention_BT is None else self.attention_BT.to(device)
+        return TokenBatch(
+            self.ids_BT.to(device), self.position_ids_BT.to(device), attention, self.target_BT.to(device), self.indices
+        )
+
+
+class RowOrder:
+    """An endless stream of row numbers: one seeded permutation after another, or the rows' own order again and again."""
+
+    def __init__(self, rows: int, seed: int, shuffle: bool = True) -> None:
+        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Row numbers `start .. start + count - 1` of the stream, computed from the seed alone."""
+        places = np.arange(start, start + count)
+        epochs = {int(epoch): self._epoch(int(epoch)) for epoch in np.unique(places // self.rows)}
+        return np.array([epochs[int(place // self.rows)][place % self.rows] for place in places], dtype=np.int64)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.rows)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+
+
+def first_target(table: TokenTable, index: int, loss_on: str) -> int:
+    """Position of a sequence's first token that carries loss."""
+    return 1 if loss_on == "all" else max(1, int(table.prompt_lengths[index]))
+
+
+def target_count(table: TokenTable, indices: Sequence[int] | np.ndarray, loss_on: str) -> int:
+    """How many tokens of these sequences carry loss."""
+    return sum(max(0, int(table.lengths[i]) - first_target(table, i, loss_on)) for i in indices)
+
+
+def split_by_length(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Cut positions 0..n-1 into micro-batches of similar length, each of at most `max_tokens` tokens, padding counted.
+
+    A single sequence longer than `max_tokens` gets a micro-batch of its own.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        cost = used + lengths[place] if packed else lengths[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
+        if not groups or cost > max_tokens:
+            groups.append([])
+            cost = lengths[place]
+        groups[-1].append(place)
+        used = cost
+    return groups
+
+
+def micro_batches(
+    table: TokenTable, indices: Sequence[int] | np.ndarray, loss_on: str, max_tokens: int, packed: bool, pad_id: int
+) -> Iterator[TokenBatch]:
+    """The micro-batches of a step's sequences (those of this rank)."""
+    lengths = [int(table.lengths[i]) for i in indices]
+    for group in split_by_length(lengths, max_tokens, packed):
+        chosen = [int(indices[place]) for place in group]
+        sequences = [table.ids(i) for i in chosen]
+        firsts = [first_target(table, i, loss_on) for i in chosen]
+        build = pack if packed else pad
+        yield build(sequences, firsts, pad_id, tuple(chosen))
+
+
+def pad(sequences: Sequence[np.ndarray], firsts: Sequence[int], pad_id: int, indices: tuple[int, ...]) -> TokenBatch:
+    """Right-pad sequences; `firsts[i]` is the first position of sequence i that is a target."""
+    width = max(len(ids) for ids in sequences)
+    ids_BT = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    attention_BT = torch.zeros_like(ids_BT)
+    target_BT = torch.zeros_like(ids_BT)
+    for b, (ids, first) in enumerate(zip(sequences, firsts, strict=True)):
+        ids_BT[b, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        attention_BT[b, : len(ids)] = 1
+        target_BT[b, first : len(ids)] = 1
+    positions_BT = torch.arange(width).expand(len(sequences), width)
+    return TokenBatch(ids_BT, positions_BT, attention_BT, target_BT, indices)
+
+
+def pack(sequences: Sequence[np.ndarray], firsts: Sequence[int], pad_id: int, indices: tuple[int, ...]) -> TokenBatch:
+    """Lay sequences end to end in one row; attention keeps them apart by their positions, which restart at 0."""
+    del pad_id
+    ids_BT = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+    positions_BT = torch.cat([torch.arange(len(ids)) for ids in sequences])[None]
+    target_BT = torch.cat([(torch.arange(len(ids)) >= first).long() for ids, first in zip(sequences, firsts, strict=True)])[
+        None
+    ]
+    return TokenBatch(ids_BT, positions_BT, None, target_BT, indices)

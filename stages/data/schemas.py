@@ -1,0 +1,127 @@
+"""DESIGN's row formats, and how what people have (TRL's columns, `messages`, HH-RLHF's dialogues) becomes them.
+
+Canonical rows: `id`, `prompt` (text or messages), then by kind
+
+    prompts          nothing more
+    demonstrations   completion
+    unpaired         completion, label
+    preferences      chosen, rejected, margin?
+    rankings         completions, ranks
+
+and the source's other columns. Completions are text: the assistant's last turn.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from stages.artifacts import canonical_json, digest_of
+from stages.errors import InputError
+
+Row = dict[str, Any]
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+CANONICAL = ("id", "prompt", "completion", "label", "chosen", "rejected", "margin", "completions", "ranks")
+TEXTS = ("completion", "chosen", "rejected")
+
+
+def canonical(row: Row, where: str) -> Row:
+    """One source row as a canonical row, without its id. Raises InputError naming row and column."""
+    row = {name: value for name, value in row.items() if name != "id"}
+    if "messages" in row and "prompt" not in row:
+        row = _from_messages(row, where)
+    elif "text" in row and "prompt" not in row:
+        row = {"prompt": "", "completion": row.pop("text"), **row}
+    elif "chosen" in row and "rejected" in row:
+        row = _from_pair(row, where)
+    if "prompt" not in row:
+        raise InputError(
+            f'{where}: no column "prompt" (it has {", ".join(sorted(row))}); map one with `columns: {{prompt: NAME}}`, '
+            'or give "messages", or "chosen" and "rejected"'
+        )
+    row["prompt"] = _prompt(row["prompt"], where)
+    for name in TEXTS:
+        if name in row:
+            row[name] = _text(row[name], where, name)
+    _check(row, where)
+    return row
+
+
+def row_id(row: Row) -> str:
+    """A row's id: 16 hex digits of its canonical columns' content, so that equal rows have equal ids."""
+    return digest_of({name: row[name] for name in CANONICAL if name in row and name != "id"})[:16]
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as one text, for lengths and for telling prompts apart."""
+    return prompt if isinstance(prompt, str) else canonical_json(prompt)
+
+
+def parse_dialogue(text: str, where: str) -> list[dict[str, str]]:
+    r"""HH-RLHF's `\n\nHuman: ...\n\nAssistant: ...` as messages. Raises InputError when it does not start with a turn."""
+    parts = TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise InputError(f'{where}: a dialogue must start with "\\n\\nHuman:", this one starts with {text[:30]!r}')
+    return [{"role": ROLES[speaker], "content": said.strip()} for speaker, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _from_messages(row: Row, where: str) -> Row:
+    messages = _messages(row.pop("messages"), where, "messages")
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f'{where}: "messages" must end with an assistant\'s turn to be a demonstration')
+    return {"prompt": messages[:-1], "completion": messages[-1]["content"], **row}
+
+
+def _from_pair(row: Row, where: str) -> Row:
+    """Chosen and rejected that repeat the prompt (HH-RLHF, TRL's implicit prompt) give it back; the rest is the answer."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str) and "prompt" not in row and TURN.match(chosen):
+        chosen, rejected = parse_dialogue(chosen, where), parse_dialogue(rejected, where)
+    if "prompt" in row or isinstance(chosen, str):
+        return row
+    chosen, rejected = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise InputError(f'{where}: "chosen" and "rejected" differ before their last turn, so they do not answer one prompt')
+    return row | {"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+
+
+def _prompt(value: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(value, str):
+        return parse_dialogue(value.removesuffix("\n\nAssistant:"), where) if TURN.match(value) else value
+    return _messages(value, where, "prompt")
+
+
+def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
+    if not (isinstance(value, list) and value and all(_is_message(item) for item in value)):
+        raise InputError(
+            f'{where}: "{column}" must be text or a list of messages with "role" and "content", '
+            f"it is {type(value).__name__} {str(value)[:60]!r}"
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    if isinstance(value, list):
+        value = _messages(value, where, column)[-1]["content"]
+    if not isinstance(value, str):
+        raise InputError(f'{where}: "{column}" must be text, it is {type(value).__name__} {str(value)[:60]!r}')
+    if not value.strip():
+        raise InputError(f'{where}: "{column}" is empty')
+    return value
+
+
+def _check(row: Row, where: str) -> None:
+    if "completion" not in row and not prompt_text(row["prompt"]).strip():
+        raise InputError(f'{where}: "prompt" is empty')
+    if ("chosen" in row) != ("rejected" in row):
+        have, lack = ("chosen", "rejected") if "chosen" in row else ("rejected", "chosen")
+        raise InputError(f'{where}: it has "{have}" but no "{lack}"')
+    if "label" in row and not isinstance(row["label"], bool):
+        raise InputError(f'{where}: "label" must be true or false, it is {row["label"]!r}')
+    if "ranks" in row and len(row["ranks"]) != len(row.get("completions") or []):
+        raise InputError(f'{where}: {len(row["ranks"])} "ranks" for {len(row.get("completions") or [])} "completions"')

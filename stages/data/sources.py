@@ -1,0 +1,92 @@
+"""Raw rows from whatever a reference points to, each with the words that say where it stood."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stages.data.parquet import open_file
+from stages.data.procedural import PROCEDURAL
+from stages.errors import InputError
+from stages.specs.prepare import PrepareConfig
+
+RawRow = tuple[str, dict[str, Any]]
+PROCEDURAL_FILE = "procedural.json"
+
+
+def read_source(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
+    """(where, row) pairs of a source's folder, streamed, at most `config.rows` of them.
+
+    Reads a procedural source, flat files (JSONL, JSON, CSV, Parquet) or a clone of a hub dataset. Raises InputError for a
+    line that is no JSON object, an unreadable file, an unknown format.
+    """
+    if (folder / PROCEDURAL_FILE).is_file():
+        return _procedural(folder, config)
+    if (folder / ".gitattributes").is_file():
+        return islice(_hub(folder, config), config.rows)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return islice((row for path in files for row in _file(path)), config.rows)
+
+
+def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
+    name = json.loads((folder / PROCEDURAL_FILE).read_text())["name"]
+    if config.rows is None:
+        raise InputError(f"procedural:{name} makes as many rows as it is asked for: set `rows` in the step that prepares it")
+    for number, row in enumerate(PROCEDURAL[name].rows(config.rows, config.seed), start=1):
+        yield f"procedural:{name} row {number}", row
+
+
+def _hub(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
+    from datasets import load_dataset
+
+    rows = load_dataset(str(folder), config.config, split=config.split, streaming=True)
+    for number, row in enumerate(rows, start=1):
+        yield f"{folder.name}/{config.split} row {number}", dict(row)
+
+
+def _file(path: Path) -> Iterator[RawRow]:
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise InputError(
+            f"{path.name}: cannot read rows from a {path.suffix or 'file without suffix'}; use one of {', '.join(readers)}"
+        )
+    for number, row in enumerate(readers[path.suffix](path), start=1):
+        yield f"{path.name} row {number}", row
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path.name} line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path.name} line {number}: a row must be a JSON object, this is a {type(row).__name__}")
+            yield row
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path.name}: not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path.name}: must be a list of objects")
+    yield from rows
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    for batch in open_file(path).iter_batches():
+        yield from batch.to_pylist()

@@ -1,0 +1,103 @@
+"""Loading and saving checkpoints: Hugging Face folders, GGUF files, and random weights from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.data.chat import stop_ids
+from stages.errors import InputError
+from stages.models.tokenizers import ensure_pad_token, word_tokenizer
+from stages.specs.common import Dtype
+
+INIT_FILE = "init.yaml"
+# A bar for every checkpoint of a pipeline hides what a person looks for.
+transformers.utils.logging.disable_progress_bar()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A causal language model with its tokenizer. `stops` are the tokens that end a completion, the tokenizer's EOS first."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stops: tuple[int, ...]
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model's positions allow."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+
+
+def load_policy(folder: Path, dtype: Dtype = "float32", seed: int = 0) -> LoadedPolicy:
+    """Load a model folder on the CPU, dropout and cache settings as its config says.
+
+    `seed` is used for random weights only. Raises InputError for a folder that holds no model.
+    """
+    model: Any
+    if (folder / INIT_FILE).is_file():
+        model, tokenizer = _random(folder / INIT_FILE, seed)
+    elif gguf := next(iter(sorted(folder.glob("*.gguf"))), None):
+        model, tokenizer = _from_gguf(folder, gguf.name)
+    elif (folder / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder.name}: no model there (no config.json, *.gguf or {INIT_FILE}; found {found})")
+    ensure_pad_token(tokenizer, model)
+    generation_eos = getattr(model.generation_config, "eos_token_id", None)
+    model.to(dtype=DTYPES[dtype])
+    return LoadedPolicy(model, tokenizer, tuple(stop_ids(tokenizer, generation_eos)))
+
+
+def save_policy(policy: LoadedPolicy, folder: Path) -> None:
+    """Write a checkpoint that plain transformers loads. The same weights give the same bytes: no paths, no times."""
+    policy.model.config._name_or_path = ""
+    policy.model.config.use_cache = True
+    if policy.model.generation_config is not None:
+        policy.model.generation_config.eos_token_id = list(policy.stops) if len(policy.stops) > 1 else policy.stops[0]
+    policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _random(path: Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec: dict[str, Any] = yaml.safe_load(path.read_text())
+    try:
+        words, fields = spec["tokenizer"], dict(spec["model"])
+        tokenizer = word_tokenizer(words["task"], words["chat_template"], words.get("control_tokens", []))
+        family = fields.pop("model_type")
+    except KeyError as error:
+        raise InputError(f"{path.name}: the key {error} is missing; see configs/models/ for an example") from error
+    config = AutoConfig.for_model(
+        family,
+        **fields,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+def _from_gguf(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # A model loaded from GGUF is dequantised already, but still carries the marks of a quantised one, which block saving.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=name)

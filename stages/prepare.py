@@ -1,0 +1,134 @@
+"""Prepare: rows from any source, made canonical, filtered, de-duplicated and split.
+
+The split is by a hash of each row's content (`split_by`, the prompt by default): adding rows never moves an old one across
+it, and sources that share a problem agree on its side. What is held out is then removed from training by prompt as well.
+
+Two passes over the source, so that nothing but hashes is held in memory: the first learns which prompts are held out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import digest_of
+from stages.data.parquet import RowWriter
+from stages.data.schemas import CANONICAL, TEXTS, canonical, prompt_text, row_id
+from stages.data.sources import read_source
+from stages.errors import InputError
+from stages.run import Run
+from stages.specs.prepare import Filters, PrepareConfig
+
+Row = dict[str, Any]
+GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
+
+
+def prepare(config: PrepareConfig, run: Run, *, source: Path, exclude: Path | None = None) -> None:
+    """Write `train` and, when a share is held out, `heldout`. Raises InputError, naming the row, for rows it cannot use."""
+    excluded = {_hash(row["prompt"]) for row in run.rows(exclude)} if exclude else set()
+    heldout_prompts = {_hash(row["prompt"]) for row in _rows(config, source, Counter()) if _held_out(config, row)}
+
+    counts: Counter[str] = Counter()
+    train = RowWriter(run.output("train"))
+    heldout = RowWriter(run.output("heldout"))
+    for row in _rows(config, source, counts):
+        if _held_out(config, row):
+            if config.max_heldout is not None and counts["held out"] >= config.max_heldout:
+                counts["held out beyond max_heldout, left out"] += 1
+            else:
+                heldout.add(row)
+                counts["held out"] += 1
+        elif _hash(row["prompt"]) in heldout_prompts | excluded:
+            counts["removed from training: prompt is held out"] += 1
+        else:
+            train.add(row)
+            counts["training"] += 1
+
+    run.table("rows", [{"what": what, "rows": count} for what, count in counts.items()])
+    if not counts["training"]:
+        raise InputError(
+            f"no row is left for training: {dict(counts) or 'the source is empty'}; look at the filters and the split"
+        )
+    run.log(0, {"rows_train": train.close(), "rows_heldout": heldout.close()})
+
+
+def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator[Row]:
+    """Canonical rows after filters and de-duplication; what is left out is counted."""
+    seen: set[str] = set()
+    prompt_type: type | None = None
+    for where, raw in read_source(source, config):
+        counts["read"] += 1
+        row = _canonical(config, raw, where)
+        prompt_type = prompt_type or type(row["prompt"])
+        if type(row["prompt"]) is not prompt_type:
+            raise InputError(f'{where}: "prompt" is {_kind(row["prompt"])}, earlier rows had the other kind; set `chat: true`')
+        reason = _filtered(config.filters, row)
+        if reason:
+            counts[f"filtered: {reason}"] += 1
+            continue
+        if config.deduplicate and row["id"] in seen:
+            counts["duplicates"] += 1
+            continue
+        seen.add(row["id"])
+        yield row
+
+
+def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
+    renamed = {source: name for name, source in config.columns.items()}
+    for column in renamed:
+        if column not in raw:
+            raise InputError(f'{where}: no column "{column}", which `columns` maps (it has {", ".join(sorted(raw))})')
+    row = canonical({renamed.get(name, name): value for name, value in raw.items()}, where)
+    if config.chat and isinstance(row["prompt"], str):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if config.system and not isinstance(row["prompt"], str):
+        row["prompt"] = [{"role": "system", "content": config.system}, *row["prompt"]]
+    if config.extract == "gsm8k":
+        row["answer"] = _gsm8k_answer(row, where)
+    ordered = {name: row[name] for name in CANONICAL if name in row}
+    return {"id": row_id(row), **ordered, **{name: value for name, value in sorted(row.items()) if name not in ordered}}
+
+
+def _gsm8k_answer(row: Row, where: str) -> str:
+    text = str(row.get("answer") or row.get("completion") or "")
+    found = GSM8K_ANSWER.search(text)
+    if not found:
+        raise InputError(f'{where}: no "#### answer" at the end of {text[-60:]!r}')
+    return found.group(1).replace(",", "")
+
+
+def _filtered(filters: Filters, row: Row) -> str | None:
+    """Why a row is dropped, or None."""
+    prompt = len(prompt_text(row["prompt"]))
+    lengths = [len(row[name]) for name in TEXTS if name in row]
+    if prompt < filters.min_prompt_chars:
+        return "prompt too short"
+    if filters.max_prompt_chars is not None and prompt > filters.max_prompt_chars:
+        return "prompt too long"
+    if any(length < filters.min_completion_chars for length in lengths):
+        return "completion too short"
+    if filters.max_completion_chars is not None and any(length > filters.max_completion_chars for length in lengths):
+        return "completion too long"
+    for column, value in filters.equals.items():
+        if column not in row:
+            raise InputError(f'`filters.equals` names the column "{column}"; the rows have {", ".join(row)}')
+        if str(row[column]) != value:
+            return f"{column} is not {value}"
+    return None
+
+
+def _held_out(config: PrepareConfig, row: Row) -> bool:
+    if config.split_by not in row:
+        raise InputError(f'`split_by` names the column "{config.split_by}"; the rows have {", ".join(row)}')
+    return int(_hash(row[config.split_by])[:12], 16) < config.heldout * 16**12
+
+
+def _hash(value: Any) -> str:
+    return digest_of(value)
+
+
+def _kind(prompt: Any) -> str:
+    return "text" if isinstance(prompt, str) else "a list of messages"

@@ -1,0 +1,31 @@
+"""What a reward is: completions and their rows in, one Score or None a completion out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A completion's reward. `step_ends` are inclusive character positions of the steps that `step_scores` rate."""
+
+    total: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    step_scores: Sequence[float] | None = None
+    step_ends: Sequence[int] | None = None
+
+
+RewardFunction = Callable[..., list[Score | None]]
+
+
+@dataclass(frozen=True)
+class RewardEntry:
+    """Where a reward's function is, its version (raised when its values change), the columns its rows must have."""
+
+    target: str
+    version: int
+    columns: tuple[str, ...] = ()

@@ -1,0 +1,156 @@
+"""Generation with a KV cache: prompts sorted by length, left-padded, finished sequences dropped from the batch as it shrinks.
+
+Each sample draws its tokens by inverting the distribution's cumulative sum at its own uniform numbers, so what is sampled
+does not depend on which other samples share the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from stages.errors import InputError
+from stages.models.load import LoadedPolicy
+from stages.rollouts.seeds import uniforms
+from stages.specs.common import Sampling
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled completion. `ids` include the EOS when `finish` is `stop`; a truncated one (`length`) has none.
+
+    `logps` are float32 log-probs of the sampled tokens under the policy at the sampling temperature (at 1 for greedy
+    decoding), before top-p and top-k cut anything off.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    finish: Literal["stop", "length"]
+
+
+def generate(
+    policy: LoadedPolicy,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Completion]:
+    """One completion for each prompt (repeat a prompt for a group). The model must be in eval mode.
+
+    Raises InputError when a prompt leaves no room for a token in the model's context.
+    """
+    for place, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < policy.context:
+            raise InputError(
+                f"prompt {place} has {len(prompt)} tokens: it must have one or more, "
+                f"and leave room for a completion in the model's context of {policy.context}"
+            )
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    done: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = _generate_batch(policy, [prompts[p] for p in places], np.array([seeds[p] for p in places], np.uint64), sampling)
+        done.update(zip(places, batch, strict=True))
+        progress(len(done))
+    return [done[place] for place in range(len(prompts))]
+
+
+@torch.no_grad()
+def _generate_batch(
+    policy: LoadedPolicy, prompts: Sequence[Sequence[int]], seeds_B: np.ndarray, sampling: Sampling
+) -> list[Completion]:
+    model, device = policy.model, policy.model.device
+    width = max(map(len, prompts))
+    budget_B = torch.tensor([min(sampling.max_new_tokens, policy.context - len(prompt)) for prompt in prompts], device=device)
+    steps = int(budget_B.max())
+    uniforms_BT = torch.from_numpy(uniforms(seeds_B, steps)).to(device)
+    stops = torch.tensor(policy.stops, device=device)
+
+    ids_BT = torch.full((len(prompts), width), policy.pad_id, device=device)
+    attention_BT = torch.zeros((len(prompts), width + steps), dtype=torch.int64, device=device)
+    for b, prompt in enumerate(prompts):
+        ids_BT[b, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        attention_BT[b, width - len(prompt) : width] = 1
+    position_ids_BT = (attention_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
+
+    sampled_BT = torch.full((len(prompts), steps), policy.pad_id, device=device)
+    logps_BT = torch.zeros((len(prompts), steps), device=device)
+    lengths_B = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    # The sequences still in the cache, as rows of the full batch; those among them that still want tokens.
+    rows = torch.arange(len(prompts), device=device)
+    open_R = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    cache = DynamicCache(config=model.config)
+    next_ids, next_positions = ids_BT, position_ids_BT
+    for t in range(steps):
+        output = model(
+            input_ids=next_ids,
+            attention_mask=attention_BT[rows, : width + t],
+            position_ids=next_positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        tokens_R, logps_R = draw(output.logits[:, -1], uniforms_BT[rows, t], sampling)
+        live = rows[open_R]
+        sampled_BT[live, t], logps_BT[live, t], lengths_B[live] = tokens_R[open_R], logps_R[open_R], t + 1
+        stopped_R = open_R & torch.isin(tokens_R, stops)
+        stopped_B[rows[stopped_R]] = True
+        open_R = open_R & ~stopped_R & (t + 1 < budget_B[rows])
+        attention_BT[rows, width + t] = 1
+        next_ids, next_positions = tokens_R[:, None], next_positions[:, -1:] + 1
+        count = int(open_R.sum())
+        if count == 0:
+            break
+        if count <= 0.75 * len(rows):
+            keep = open_R.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, open_R, next_ids, next_positions = rows[keep], open_R[keep], next_ids[keep], next_positions[keep]
+    return _completions(sampled_BT, logps_BT, lengths_B, stopped_B)
+
+
+def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens_B, int64, and their log-probs, float32, by inverting the cumulative distribution at `uniforms_B`."""
+    logits_BV = logits_BV.float()
+    if sampling.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+        return tokens_B, _gather(logits_BV.log_softmax(-1), tokens_B)
+    logp_BV = (logits_BV / sampling.temperature).log_softmax(-1)
+    probs_BV = truncate(logp_BV.exp(), sampling)
+    cumulative_BV = probs_BV.double().cumsum(-1)
+    goals_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
+    tokens_B = torch.searchsorted(cumulative_BV, goals_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+    return tokens_B, _gather(logp_BV, tokens_B)
+
+
+def truncate(probs_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Set to 0 the tokens that top-k and top-p leave out; what is left is not renormalised."""
+    if 0 < sampling.top_k < probs_BV.shape[-1]:
+        least_B1 = probs_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        probs_BV = probs_BV.masked_fill(probs_BV < least_B1, 0.0)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        drop_BV = before_BV >= sampling.top_p * sorted_BV.sum(-1, keepdim=True)
+        probs_BV = probs_BV.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), 0.0)
+    return probs_BV
+
+
+def _gather(logp_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
+    return logp_BV.gather(-1, tokens_B[:, None]).squeeze(1)
+
+
+def _completions(
+    sampled_BT: torch.Tensor, logps_BT: torch.Tensor, lengths_B: torch.Tensor, stopped_B: torch.Tensor
+) -> list[Completion]:
+    columns = (sampled_BT.tolist(), logps_BT.tolist(), lengths_B.tolist(), stopped_B.tolist())
+    return [
+        Completion(ids[:length], logps[:length], "stop" if stopped else "length")
+        for ids, logps, length, stopped in zip(*columns, strict=True)
+    ]

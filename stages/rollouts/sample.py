@@ -1,0 +1,69 @@
+"""Sampling completions for rows: tokenise, generate with each sample's own seed, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.data.chat import encode_prompt
+from stages.models.load import LoadedPolicy
+from stages.rollouts.engine import Completion, generate
+from stages.rollouts.seeds import sample_seed
+from stages.specs.common import Sampling
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row, its tokenised prompt, and one completion of it as tokens and as text (without EOS)."""
+
+    row: Row
+    sample: int
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+
+    def record(self, step: int, policy: str) -> Row:
+        """The sample as a row of a rollouts dataset."""
+        given = {name: value for name, value in self.row.items() if name not in ("completion", "length", "finish")}
+        return given | {
+            "step": step,
+            "sample": self.sample,
+            "completion": self.text,
+            "length": len(self.completion.ids),
+            "finish": self.completion.finish,
+            "policy": policy,
+        }
+
+
+def sample_rows(
+    policy: LoadedPolicy,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    *,
+    seed: int,
+    step: int = 0,
+    samples: int = 1,
+    batch_size: int = 256,
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[list[Sample], int]:
+    """`samples` completions of each row, in order of rows, and the number of rows whose prompt fills the context."""
+    encoded = [(row, encode_prompt(policy.tokenizer, row["prompt"])) for row in rows]
+    wanted = [(row, ids, k) for row, ids in encoded if 0 < len(ids) < policy.context for k in range(samples)]
+    seeds = [sample_seed(seed, step, row["id"], k) for row, _, k in wanted]
+    was_training = policy.model.training
+    policy.model.eval()
+    completions = generate(policy, [ids for _, ids, _ in wanted], seeds, sampling, batch_size, progress)
+    policy.model.train(was_training)
+    drawn = [
+        Sample(row, k, ids, completion, _text(policy, completion))
+        for (row, ids, k), completion in zip(wanted, completions, strict=True)
+    ]
+    return drawn, len(rows) - len(wanted) // samples
+
+
+def _text(policy: LoadedPolicy, completion: Completion) -> str:
+    ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+    return str(policy.tokenizer.decode(ids, skip_special_tokens=False))

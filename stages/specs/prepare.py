@@ -1,0 +1,88 @@
+"""`prepare`: any source of rows to a canonical dataset, split into train and held-out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.specs.base import Config, Port, StageSpec
+
+
+class Filters(Config):
+    """Rows to leave out; each filter reports how many it took. Lengths are in characters."""
+
+    min_prompt_chars: int = Field(
+        default=0, ge=0, title="Shortest prompt", description="Drop rows whose prompt has fewer characters."
+    )
+    max_prompt_chars: int | None = Field(
+        default=None, ge=1, title="Longest prompt", description="Drop rows whose prompt has more."
+    )
+    min_completion_chars: int = Field(
+        default=0,
+        ge=0,
+        title="Shortest completion",
+        description="Drop rows with a completion, chosen or rejected of fewer characters.",
+    )
+    max_completion_chars: int | None = Field(
+        default=None, ge=1, title="Longest completion", description="Drop rows with a completion, chosen or rejected of more."
+    )
+    equals: dict[str, str] = Field(
+        default_factory=dict, title="Keep where", description="Column: value; rows whose column, as text, differs are dropped."
+    )
+
+
+class PrepareConfig(Config):
+    """Reads JSONL, JSON, CSV, Parquet, a hub dataset or a procedural source."""
+
+    seed: int = Field(default=0, title="Seed", description="Seed of a procedural source.")
+    rows: int | None = Field(
+        default=None, ge=1, title="Rows", description="Rows to generate (procedural source, which needs it) or to read at most."
+    )
+    config: str | None = Field(default=None, title="Hub config", description="Config name of a hub dataset that has several.")
+    split: str = Field(default="train", title="Hub split", description="Split of a hub dataset that has several.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        title="Columns",
+        description="Canonical name: name in the source, e.g. prompt: question. Other columns are kept as they are.",
+    )
+    chat: bool = Field(
+        default=False, title="As chat", description="Make a text prompt one user message, so that the chat template applies."
+    )
+    system: str | None = Field(
+        default=None, title="System message", description="Put this system message before prompts made of messages."
+    )
+    extract: Literal["none", "gsm8k"] = Field(
+        default="none",
+        title="Extract an answer",
+        description="gsm8k: the text after #### in the completion (or in the answer column) becomes the column `answer`.",
+    )
+    filters: Filters = Field(default_factory=Filters, title="Filters", description="Rows to leave out.")
+    deduplicate: bool = Field(
+        default=True, title="De-duplicate", description="Keep the first of rows whose canonical columns are equal."
+    )
+    heldout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        title="Held-out share",
+        description="Share of prompts held out, by a hash of their content, so that new rows never move an old one.",
+    )
+    split_by: str = Field(
+        default="prompt",
+        title="Split by",
+        description="Column whose content decides the side; rows that share it stay together.",
+    )
+    max_heldout: int | None = Field(
+        default=None, ge=1, title="Held-out rows", description="Keep at most so many held-out rows, the first ones."
+    )
+
+
+SPEC = StageSpec(
+    name="prepare",
+    version=1,
+    config=PrepareConfig,
+    inputs={"source": Port("dataset"), "exclude": Port("dataset", required=False)},
+    outputs={"train": "dataset", "heldout": "dataset"},
+    headline=("rows_train", "rows_heldout"),
+)

@@ -1,0 +1,63 @@
+"""What every training loop starts with: the device and its threads, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stages.specs.base import Runtime
+from stages.specs.common import Dtype, Optimizer
+
+SMALL_MODEL = 1_000_000
+
+
+def accelerator_for(runtime: Runtime, dtype: Dtype = "float32") -> Accelerator:
+    """The Accelerator of a stage. Run under torchrun or `accelerate launch` it spans their processes.
+
+    With `bfloat16` matrices are multiplied in it (autocast), while weights, optimizer, log-probs and losses stay float32.
+    """
+    if runtime.device not in ("auto", "cpu") and ":" in runtime.device:
+        torch.cuda.set_device(runtime.device)
+    return Accelerator(cpu=runtime.device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+
+
+def set_threads(runtime: Runtime, parameters: int) -> int:
+    """Set torch's CPU threads and return them: the asked number, or one for a small model, on which more only wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = runtime.threads or (1 if parameters < SMALL_MODEL else cores)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def make_optimizer(
+    config: Optimizer, parameters: Iterable[nn.Parameter], steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, with weight decay on matrices alone, and its schedule over `steps` optimizer steps."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps))
+
+
+def rate(config: Optimizer, step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step counted from 0."""
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    left = 1.0 - (step - warmup) / max(1, steps - warmup)
+    return max(0.0, left) if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * (1.0 - left)))

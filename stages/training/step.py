@@ -1,0 +1,55 @@
+"""One optimizer step over micro-batches, on one rank or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from stages.data.batching import TokenBatch
+from stages.errors import InputError
+
+Loss = Callable[[TokenBatch], torch.Tensor]
+
+
+def optimization_step(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batches: Sequence[TokenBatch],
+    loss: Loss,
+    max_grad_norm: float,
+    describe: Callable[[], str],
+) -> dict[str, float]:
+    """Accumulate `loss` over this rank's micro-batches, clip, step. Returns the global loss and the gradient norm.
+
+    `loss(batch)` must already be divided by the step's global count. DDP averages gradients over ranks, which the factor
+    `num_processes` undoes, so the gradient is that of one process on the whole batch (contract 8).
+
+    Raises InputError before the weights change when the loss or the gradient is not finite; `describe` names the rows.
+    """
+    optimizer.zero_grad()
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for place, batch in enumerate(batches):
+        last = place == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            value = loss(batch.to(accelerator.device))
+            accelerator.backward(value * accelerator.num_processes)
+        total += value.detach().double()
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
+    total = accelerator.reduce(total, reduction="sum")
+    metrics = {"loss": float(total), "grad_norm": float(norm)}  # pyright: ignore[reportArgumentType]
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise InputError(
+            f"{describe()}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; "
+            "the weights were not changed. Look at these rows, lower the learning rate, or train in float32"
+        )
+    optimizer.step()
+    scheduler.step()
+    return metrics

@@ -1,0 +1,155 @@
+"""References, the way a person names an artifact, to handles.
+
+    models    org/name[@revision]   ./folder   ./file.gguf   models:/NAME/VERSION   models:/NAME@ALIAS   init:FILE
+    datasets  org/name[@revision]   ./path.jsonl or a glob   datasets:/NAME/VERSION   datasets:/NAME@ALIAS   procedural:NAME
+
+What comes from outside is copied into the store once (by content) and registered as `source-...`, so that a pipeline keeps
+what it was trained on and its inputs have digests.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+
+from stages.artifacts import Dataset, Kind, Model, digest_of, handle, read_manifest
+from stages.data.procedural import PROCEDURAL
+from stages.data.sources import PROCEDURAL_FILE
+from stages.errors import InputError
+from tasks.lease import lease
+from tasks.store import OUTPUTS, Store, published
+
+REGISTERED = re.compile(r"(models|datasets):/([^/@]+)(?:/(\d+)|@([\w.-]+))")
+HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+INIT_FILE = "init.yaml"
+
+
+def expand(reference: str) -> str:
+    """`${VAR}` from the environment. Raises InputError for one that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        if match.group(1) not in os.environ:
+            raise InputError(f"{reference}: the environment variable {match.group(1)} is not set")
+        return os.environ[match.group(1)]
+
+    return re.sub(r"\$\{(\w+)\}", value, reference)
+
+
+def resolve(store: Store, reference: str, kind: Kind, publish: bool = True) -> Dataset | Model:
+    """The handle of a reference. Raises InputError saying what does not exist, with near names where there are some.
+
+    With `publish=False` (a dry run) nothing is written: what is not in the store yet gets a handle with a digest alone.
+    """
+    text = expand(reference)
+    if registered := REGISTERED.fullmatch(text):
+        return _registered(store, text, registered, kind)
+    if text.startswith(("models:", "datasets:")):
+        raise InputError(f"{text}: a registered artifact is written {kind}s:/NAME/VERSION or {kind}s:/NAME@ALIAS")
+    name = re.sub(r"\W+", "-", text).strip("-")
+    draft = store.root / "runs" / f"ingest-{os.getpid()}-{digest_of(text)[:12]}"
+    shutil.rmtree(draft, ignore_errors=True)
+    folder = draft / "outputs" / "files"
+    folder.mkdir(parents=True)
+    try:
+        _fetch(text, kind, folder)
+        return _ingest(store, text, kind, f"source-{name}", draft, publish)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _fetch(text: str, kind: Kind, folder: Path) -> None:
+    """Copy what a reference from outside names into a folder."""
+    if kind == "dataset" and text.startswith("procedural:"):
+        name = text.removeprefix("procedural:")
+        if name not in PROCEDURAL:
+            raise InputError(f"{text}: no procedural source has this name{_near(name, PROCEDURAL)}")
+        (folder / PROCEDURAL_FILE).write_text(json.dumps({"name": name, "version": PROCEDURAL[name].version}))
+    elif kind == "model" and text.startswith("init:"):
+        shutil.copyfile(_existing(text.removeprefix("init:")), folder / INIT_FILE)
+    elif text.startswith((".", "/", "~")) or Path(text).exists() or (any(c in text for c in "*?[") and kind == "dataset"):
+        _copy(text, kind, folder)
+    elif HUB.fullmatch(text):
+        _download(text, kind, folder)
+    else:
+        raise InputError(f"{text}: not a reference to a {kind}; see the README for the ways to write one")
+
+
+def _copy(text: str, kind: Kind, folder: Path) -> None:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
+        return
+    anchor = Path(path.anchor)
+    found = sorted(anchor.glob(str(path.relative_to(anchor)))) if kind == "dataset" else []
+    for file in found or [_existing(text)]:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _existing(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"{text}: no such file{_near(path.name, siblings)}")
+    return path
+
+
+def _download(text: str, kind: Kind, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = text.partition("@")
+    only_weights = ["*.bin", "*.pth", "*.msgpack", "*.h5", "*.onnx", "original/*"] if kind == "model" else None
+    try:
+        snapshot_download(name, repo_type=kind, revision=revision or None, local_dir=folder, ignore_patterns=only_weights)
+    except Exception as error:
+        raise InputError(
+            f"{text}: could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "a local file or folder is written ./path"
+        ) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _ingest(store: Store, text: str, kind: Kind, name: str, draft: Path, publish: bool) -> Dataset | Model:
+    digest = read_manifest(draft / "outputs" / "files", kind).digest
+    key = digest_of(["ingest", kind, digest, name])
+    with lease(store.root / "leases", key):
+        complete, _ = store.find(key)
+        if complete is not None:
+            return complete.outputs["files"]
+        if not publish:
+            return handle(kind, name=name, version="", digest=digest, uri="")
+        identity = {"stage": "ingest", "version": 1, "config": {"reference": text}, "inputs": {"files": digest}}
+        run_id = store.begin("sources", text, {"key": key, "stage": "ingest", "step": name, "recipe": "sources"}, identity)
+        return store.publish(run_id, draft, {"files": kind}, {"files": name}, {})["files"]
+
+
+def _registered(store: Store, text: str, match: re.Match[str], kind: Kind) -> Dataset | Model:
+    scheme, name, version, alias = match.groups()
+    if scheme != f"{kind}s":
+        raise InputError(f"{text}: a {kind} is needed here, not one of the {scheme}")
+    try:
+        found = (
+            store.client.get_model_version(name, version) if version else store.client.get_model_version_by_alias(name, alias)
+        )
+    except MlflowException as error:
+        names = [model.name for model in store.client.search_registered_models() if model.tags.get("kind") == kind]
+        versions = [v.version for v in store.client.search_model_versions(f"name = '{name}'")] if name in names else []
+        hint = f"; it has the versions {', '.join(map(str, versions))}" if versions else _near(name, names)
+        raise InputError(f"{text}: no such {kind}{hint}") from error
+    run = store.client.get_run(str(found.run_id))
+    outputs = published(run).outputs.values() if OUTPUTS in run.data.tags else []
+    for made in outputs:
+        if made.name == name and made.version == str(found.version) and made.kind == kind:
+            return made
+    raise InputError(f"{text}: its run {found.run_id} never completed, so it is not an artifact to build on")
+
+
+def _near(name: str, names: object) -> str:
+    known = [str(other) for other in names]  # pyright: ignore[reportGeneralTypeIssues]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; near: {', '.join(close)}" if close else f"; there are {', '.join(sorted(known)[:8])}" if known else ""

@@ -1,0 +1,51 @@
+"""What a person reads: a table of steps at the end of a run, a plan before it, the list of artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from rich.console import Console
+from rich.table import Table
+
+from stages.specs import STAGES
+from tasks.execute import Plan, StepResult, headline
+from tasks.store import Store
+
+
+def print_results(console: Console, recipe: str, results: Sequence[StepResult]) -> None:
+    """The steps of a run: what ran, how long, the numbers that matter, the artifacts."""
+    table = Table(title=recipe, title_justify="left")
+    for column in ("step", "what", "seconds", "held-out numbers", "artifacts"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for result in results:
+        numbers = headline(STAGES[result.stage], result.metrics).replace("  ", "\n")
+        artifacts = "\n".join(str(made) for made in result.artifacts.values())
+        table.add_row(result.name, result.status, f"{result.seconds:.1f}", numbers, artifacts)
+    console.print(table)
+
+
+def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Plan]]) -> None:
+    """What a run would do, and why."""
+    table = Table(title=f"{recipe}: what a run would do", title_justify="left")
+    for column in ("step", "stage", "what", "why"):
+        table.add_column(column)
+    for name, stage, plan in plans:
+        table.add_row(name, stage, plan.action, plan.reason)
+    console.print(table)
+
+
+def print_artifacts(store: Store, part: str) -> None:
+    """Registered datasets and models with their versions, the newest first."""
+    table = Table()
+    for column in ("name", "kind", "version", "made", "digest", "aliases"):
+        table.add_column(column, overflow="fold")
+    models = sorted(store.client.search_registered_models(), key=lambda model: str(model.name))
+    for model in models:
+        if part not in model.name:
+            continue
+        for version in store.client.search_model_versions(f"name = '{model.name}'"):
+            made = datetime.fromtimestamp(version.creation_timestamp / 1000).strftime("%Y-%m-%d %H:%M:%S")
+            digest, aliases = version.tags.get("digest", "")[:12], ", ".join(version.aliases)
+            table.add_row(model.name, model.tags.get("kind", ""), str(version.version), made, digest, aliases)
+    Console().print(table)
