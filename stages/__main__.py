@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from stages.errors import InputError
 from stages.request import Request, run_stage
 
@@ -15,11 +17,18 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m stages request.json", file=sys.stderr)
         return 2
     try:
-        run_stage(Request.model_validate_json(Path(arguments[0]).read_text()))
+        run_stage(_read(Path(arguments[0])))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _read(path: Path) -> Request:
+    try:
+        return Request.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise InputError(f"{path}: not a stage's request: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Manifest(BaseModel):
     @property
     def digest(self) -> str:
         """sha256 over the sorted (path, sha256) pairs."""
-        return digest_of([[entry.path, entry.sha256] for entry in self.files])
+        return digest_of(sorted([entry.path, entry.sha256] for entry in self.files))
 
 
 def canonical_json(value: Any) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from stages.data.batching import pad, split_by_length
@@ -45,7 +46,7 @@ def evaluate(
     opponent: Path | None = None,
 ) -> None:
     """Measure `policy` on `prompts`; write every generation with its rewards. Raises InputError before sampling when a
-    reward lacks its column, or when a judge is asked for without an opponent."""
+    reward lacks its column. Without an opponent the judge is not asked."""
     wanted = [
         *([config.verifier] if config.verifier else []),
         *config.rewards,
@@ -63,8 +64,10 @@ def evaluate(
     if config.verifier:
         values["accuracy"] = _totals(config.verifier, samples)
     if reference is not None:
-        ours = _log_likelihoods(config, samples, model)
-        theirs = _log_likelihoods(config, samples, _load(config, reference))
+        other = _load(config, reference)
+        if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+            raise InputError("the policy and the reference have different tokenizers, so there is no KL between them")
+        ours, theirs = (_log_likelihoods(config, samples, one) for one in (model, other))
         values["kl"] = [a - b for a, b in zip(ours, theirs, strict=True)]
     if opponent is not None and config.judge is not None:
         rivals, _ = _sample(config, run, _load(config, opponent), rows, "opponent")
@@ -82,8 +85,11 @@ def evaluate(
     truncated = sum(sample.completion.finish == "length" for sample in samples)
     run.log(0, metrics | {"truncated": truncated / len(samples), "prompts_dropped": float(dropped)})
 
-    records = [sample.record(0, "policy") | {name: of[i] for name, of in values.items()} for i, sample in enumerate(samples)]
-    write_rows(run.output("generations"), records)
+    records: list[dict[str, Any]] = [
+        sample.record(0, "policy") | {name: of[i] for name, of in values.items() if name != "length"}
+        for i, sample in enumerate(samples)
+    ]
+    write_rows(run.output("generations"), records, types={name: pa.float64() for name in values if name != "length"})
     run.table("generations", [{"prompt": str(r["prompt"])[-60:], "completion": r["completion"][:120]} for r in records[:4]])
 
 

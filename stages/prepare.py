@@ -61,7 +61,13 @@ def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator
     prompt_type: type | None = None
     for where, raw in read_source(source, config):
         counts["read"] += 1
-        row = _canonical(config, raw, where)
+        try:
+            row = _canonical(config, raw, where)
+        except InputError as error:
+            if config.unusable == "refuse":
+                raise
+            counts[f"unusable: {str(error).removeprefix(where).lstrip(':, ')}"] += 1
+            continue
         prompt_type = prompt_type or type(row["prompt"])
         if type(row["prompt"]) is not prompt_type:
             raise InputError(f'{where}: "prompt" is {_kind(row["prompt"])}, earlier rows had the other kind; set `chat: true`')
@@ -77,11 +83,12 @@ def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator
 
 
 def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
-    renamed = {source: name for name, source in config.columns.items()}
-    for column in renamed:
+    for column in config.columns.values():
         if column not in raw:
             raise InputError(f'{where}: no column "{column}", which `columns` maps (it has {", ".join(sorted(raw))})')
-    row = canonical({renamed.get(name, name): value for name, value in raw.items()}, where)
+    mapped = {name: raw[source] for name, source in config.columns.items()}
+    others = {name: value for name, value in raw.items() if name not in config.columns.values()}
+    row = canonical(others | mapped, where)
     if config.chat and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     if config.system and not isinstance(row["prompt"], str):

@@ -55,8 +55,7 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at a step. Values that are not finite are recorded as null: JSON has no NaN."""
-        values = {name: float(value) for name, value in metrics.items()}
-        self._emit("metrics", step=step, metrics={k: v if math.isfinite(v) else None for k, v in values.items()})
+        self._emit("metrics", step=step, metrics=_finite({name: float(value) for name, value in metrics.items()}))
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say how far the stage is, with the two or three numbers that matter in `note`."""
@@ -64,7 +63,7 @@ class Run:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a small table for a person to read (counts of filters, a few generations)."""
-        self._emit("table", name=name, rows=[dict(row) for row in rows])
+        self._emit("table", name=name, rows=[_finite(row) for row in rows])
 
     def message(self, text: str) -> None:
         """Record one line for the log."""
@@ -87,8 +86,10 @@ class Run:
         barrier()
         if self.rank == 0:
             _sync(draft)
-            final = root / f"step-{step:08d}"
-            shutil.rmtree(final, ignore_errors=True)
+            # A second state of one step gets a name of its own, which sorts behind: the first stays until it is there.
+            before = max(root.glob(f"step-{step:08d}*"), default=None)
+            serial = f".{int(before.suffix[1:] or 0) + 1:03d}" if before else ""
+            final = root / f"step-{step:08d}{serial}"
             draft.rename(final)
             for old in root.iterdir():
                 if old != final:
@@ -131,6 +132,11 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self._listener is not None:
             self._listener(record)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with None for numbers that JSON cannot say."""
+    return {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in values.items()}
 
 
 def _sync(folder: Path) -> None:

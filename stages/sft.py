@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from stages.data.batching import RowOrder, TokenBatch, micro_batches, target_count
+from stages.data.batching import RowOrder, TokenBatch, micro_batches, pad, target_count
 from stages.data.encode import encode_demonstrations
 from stages.data.parquet import write_rows
 from stages.data.tokens import TokenTable
 from stages.models.load import LoadedPolicy, load_policy, save_policy
-from stages.models.logprobs import TokenLogProbs
+from stages.models.logprobs import TokenLogProbs, check_log_probs
 from stages.objectives.likelihood import nll_loss
 from stages.rollouts.sample import sample_rows
 from stages.run import Run
@@ -53,6 +53,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
     steps = config.steps or max(1, math.ceil(config.epochs * len(table) / size))
     steps_an_epoch = max(1, math.ceil(len(table) / size))
     order = RowOrder(len(table), config.seed, config.shuffle)
+    check_log_probs(policy.model, config.runtime.packed)
     module = TokenLogProbs(policy.model).train()
     optimizer, scheduler = make_optimizer(config.optimizer, module.parameters(), steps)
     module, optimizer = accelerator.prepare(module, optimizer)
@@ -67,6 +68,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
         indices = order.take(step * size, size)
         total = target_count(table, indices, config.loss_on)
         tokens += int(table.lengths[indices].sum())
+        lr = scheduler.get_last_lr()[0]
         metrics = optimization_step(
             accelerator,
             module,
@@ -79,7 +81,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
         )
         done = step + 1
         if done % config.runtime.log_every == 0 or done == steps:
-            run.log(done, metrics | {"lr": scheduler.get_last_lr()[0], "tokens_per_second": tokens / (perf_counter() - clock)})
+            run.log(done, metrics | {"lr": lr, "tokens_per_second": tokens / (perf_counter() - clock)})
             run.progress(done, steps, f"loss {metrics['loss']:.3f}")
         if held is not None and (done % steps_an_epoch == 0 or done == steps):
             run.log(done, {"heldout_loss": _heldout_loss(config, accelerator, policy, module, held)})
@@ -108,7 +110,9 @@ def _micro_batches(
 ) -> list[TokenBatch]:
     mine = indices[accelerator.process_index :: accelerator.num_processes]
     runtime = config.runtime
-    return list(micro_batches(table, mine, config.loss_on, runtime.micro_batch_tokens, runtime.packed, policy.pad_id))
+    batches = list(micro_batches(table, mine, config.loss_on, runtime.micro_batch_tokens, runtime.packed, policy.pad_id))
+    # A rank that is left without rows still takes part in the step, with a sequence of which no token counts.
+    return batches or [pad([table.ids(0)], [int(table.lengths[0])], policy.pad_id, ())]
 
 
 @torch.no_grad()

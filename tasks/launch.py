@@ -17,7 +17,7 @@ from pydantic import Field
 from stages.errors import InputError
 from stages.request import Request, run_stage
 from stages.run import Event, Listener
-from stages.specs.base import Config
+from stages.specs import STAGES, Config
 
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
@@ -51,7 +51,9 @@ def launch(request: Request, how: Launch, listener: Listener) -> None:
     start = events.stat().st_size if events.is_file() else 0
     log = request.folder / "stderr.log"
     with log.open("w") as stderr:
-        child = subprocess.Popen(command(file, how), stdout=stderr, stderr=stderr, preexec_fn=die_with_parent)
+        child = subprocess.Popen(
+            command(file, how, STAGES[request.stage].distributed), stdout=stderr, stderr=stderr, preexec_fn=die_with_parent
+        )
         try:
             for event in follow(events, start, child):
                 listener(event)
@@ -60,15 +62,19 @@ def launch(request: Request, how: Launch, listener: Listener) -> None:
                 child.terminate()
                 child.wait()
     if child.returncode != 0:
-        last = [line for line in log.read_text().splitlines() if line.strip()]
-        if child.returncode == 2 and last and last[-1].startswith("error: "):
-            raise InputError(last[-1].removeprefix("error: "))
-        tail = "\n".join(last[-20:])
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        # torchrun and accelerate end with 1 whatever their ranks ended with, and write their own report behind.
+        if said and (child.returncode == 2 or how.processes > 1 or how.accelerate_config is not None):
+            raise InputError(said[-1])
+        tail = "\n".join(lines[-20:])
         raise RuntimeError(f"the child process of {request.stage} ended with {child.returncode}; its last lines:\n{tail}")
 
 
-def command(request: Path, how: Launch) -> list[str]:
-    """The command line of a child."""
+def command(request: Path, how: Launch, distributed: bool = True) -> list[str]:
+    """The command line of a child; a stage that is not distributed gets one process."""
+    if not distributed:
+        return [sys.executable, "-m", "stages", str(request)]
     if how.accelerate_config is not None:
         return [
             sys.executable,

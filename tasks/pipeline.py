@@ -15,8 +15,9 @@ from mlflow.entities import RunTag
 from stages.artifacts import Dataset, Kind, Model, handle
 from stages.errors import InputError
 from stages.specs import STAGES, Config
-from tasks.execute import Plan, StepCall, StepResult, examine, execute
+from tasks.execute import StepResult, execute
 from tasks.launch import Launch
+from tasks.plan import Plan, StepCall, examine
 from tasks.references import resolve
 from tasks.store import PIPELINE, Store
 

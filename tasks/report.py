@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.specs import STAGES
-from tasks.execute import Plan, StepResult, headline
+from tasks.execute import StepResult, headline
+from tasks.plan import Plan
 from tasks.store import Store
 
 
@@ -48,4 +49,6 @@ def print_artifacts(store: Store, part: str) -> None:
             made = datetime.fromtimestamp(version.creation_timestamp / 1000).strftime("%Y-%m-%d %H:%M:%S")
             digest, aliases = version.tags.get("digest", "")[:12], ", ".join(version.aliases)
             table.add_row(model.name, model.tags.get("kind", ""), str(version.version), made, digest, aliases)
-    Console().print(table)
+    console = Console()
+    console.width = console.width if console.is_terminal else 160
+    console.print(table)

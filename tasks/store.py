@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from stages.artifacts import Dataset, Kind, Manifest, Model, check, handle, read_manifest
 from stages.data.parquet import count_rows, read_schema
 from stages.errors import InputError
+from tasks.provenance import provenance
 
 KEY, OUTPUTS, STAGE, STEP, RECIPE, PIPELINE = (
     f"posttrain.{name}" for name in ("key", "outputs", "stage", "step", "recipe", "pipeline")
@@ -107,9 +108,8 @@ class Store:
 
     def begin(self, experiment: str, name: str, tags: Mapping[str, str], identity: dict[str, Any]) -> str:
         """Start a run and record its identity: as parameters for people, as a file for comparing."""
-        run = self.client.create_run(
-            self.experiment(experiment), run_name=name, tags={f"posttrain.{k}": v for k, v in tags.items()}
-        )
+        ours = {f"posttrain.{tag}": value for tag, value in tags.items()}
+        run = self.client.create_run(self.experiment(experiment), run_name=name, tags=provenance() | ours)
         run_id = run.info.run_id
         self.client.log_dict(run_id, identity, "identity.json")
         flat = [Param(key, str(value)[:6000]) for key, value in _flatten(identity["config"])]
@@ -150,21 +150,24 @@ class Store:
             version = self._register(run_id, names[output], output, kind, manifest.digest)
             uri = f"runs:/{run_id}/{output}" if kind == "dataset" else f"models:/{self._model_id(run_id, output)}"
             outputs[output] = handle(kind, name=names[output], version=str(version.version), digest=manifest.digest, uri=uri)
-        models_in = [
-            LoggedModelInput(given.uri.removeprefix("models:/")) for given in inputs.values() if isinstance(given, Model)
-        ]
-        models_out = [
-            LoggedModelOutput(made.uri.removeprefix("models:/"), 0) for made in outputs.values() if isinstance(made, Model)
-        ]
-        if models_in:
-            self.client.log_inputs(run_id, models=models_in)
-        if models_out:
-            self.client.log_outputs(run_id, models_out)
+        self._link(run_id, inputs.values(), outputs.values())
         self.client.log_dict(run_id, {name: given.model_dump() for name, given in inputs.items()}, "inputs.json")
         text = json.dumps({name: made.model_dump() for name, made in outputs.items()})
         self.client.log_batch(run_id, tags=[RunTag(OUTPUTS, text)])
         self.client.set_terminated(run_id)
         return outputs
+
+    def _link(self, run_id: str, inputs: Iterable[Dataset | Model], outputs: Iterable[Dataset | Model]) -> None:
+        """Record which models went in and came out, for MLflow's lineage; what a killed try recorded is left as it is."""
+        run = self.client.get_run(run_id)
+        known_in = {entry.model_id for entry in run.inputs.model_inputs} if run.inputs else set()
+        known_out = {entry.model_id for entry in run.outputs.model_outputs} if run.outputs else set()
+        ids_in = {given.uri.removeprefix("models:/") for given in inputs if isinstance(given, Model)} - known_in
+        ids_out = {made.uri.removeprefix("models:/") for made in outputs if isinstance(made, Model)} - known_out
+        if ids_in:
+            self.client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in sorted(ids_in)])
+        if ids_out:
+            self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0) for model_id in sorted(ids_out)])
 
     def _place(self, run_id: str, output: str, kind: Kind, name: str) -> Path:
         if kind == "dataset":

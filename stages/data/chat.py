@@ -69,7 +69,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str, 
         prompt_ids = _ids(tokenizer, before)
         whole = str(_template(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False))
         # Templates that rewrite the answer (dropping a thinking part, say) have no common prefix: then the text itself is used.
-        if whole.startswith(before) and completion in whole[len(before) :]:
+        if whole.startswith(before) and completion.strip() in whole[len(before) :]:
             text = whole[len(before) :]
     ids = _ids(tokenizer, text)
     end = next((place for place, token in enumerate(ids) if token in stops), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import pyarrow.parquet as pq
 from stages.errors import InputError
 
 ROWS_PER_GROUP = 4096
+MISFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class RowWriter:
-    """Streams rows to `folder/data.parquet`. Without a schema it is inferred from the first 4096 rows."""
+    """Streams rows to `folder/data.parquet`. Without a schema it is inferred from the first 4096 rows, but for the columns in
+    `types`: a column that may be null for long says there what it holds."""
 
-    def __init__(self, folder: Path, schema: pa.Schema | None = None) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema | None = None, types: Mapping[str, pa.DataType] | None = None) -> None:
         self.folder = folder
         self.count = 0
         self._schema = schema
+        self._types = types or {}
         self._group: list[dict[str, Any]] = []
         self._writer: pq.ParquetWriter | None = None
 
@@ -41,24 +45,56 @@ class RowWriter:
 
     def _flush(self) -> None:
         if self._schema is None:
-            self._schema = _inferred(self._group)
+            self._schema = _inferred(self._group, self._types)
+        _refuse_unknown(self._group, self._schema, self.count)
         if self._writer is None:
             self._writer = pq.ParquetWriter(
                 self.folder / "data.parquet", self._schema, compression="zstd", write_statistics=False
             )
         try:
             table = pa.Table.from_pylist(self._group, schema=self._schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except MISFIT:
             raise _misfit(self._group, self._schema, self.count) from None
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         self.count += len(self._group)
         self._group = []
 
 
-def _inferred(rows: list[dict[str, Any]]) -> pa.Schema:
+def _inferred(rows: list[dict[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Schema:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: pa.array([row.get(name) for row in rows]).type for name in names}
+    columns = {name: types.get(name) or _inferred_type(name, [row.get(name) for row in rows]) for name in names}
     return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in columns.items()])
+
+
+def _inferred_type(name: str, values: list[Any]) -> pa.DataType:
+    """The type of all values. Raises InputError naming the first row whose value fits no type of those before it."""
+    if _fit(values):
+        return pa.array(values).type
+    fitting = bisect.bisect_left(range(1, len(values) + 1), True, key=lambda count: not _fit(values[:count]))
+    raise _wrong(fitting + 1, name, values[fitting], pa.array(values[:fitting]).type)
+
+
+def _fit(values: list[Any]) -> bool:
+    try:
+        pa.array(values)
+    except MISFIT:
+        return False
+    return True
+
+
+def _refuse_unknown(rows: list[dict[str, Any]], schema: pa.Schema, before: int) -> None:
+    """Arrow would leave out a column that the schema lacks without a word."""
+    known = set(schema.names)
+    for number, row in enumerate(rows, start=before + 1):
+        if row.keys() - known:
+            column = next(name for name in row if name not in known)
+            raise InputError(
+                f'row {number}: column "{column}" is not among those of the earlier rows: {", ".join(schema.names)}'
+            )
+
+
+def _wrong(number: int, column: str, value: Any, kind: pa.DataType) -> InputError:
+    return InputError(f'row {number}: column "{column}" holds {value!r}, where earlier rows hold {kind}')
 
 
 def _misfit(rows: list[dict[str, Any]], schema: pa.Schema, before: int) -> InputError:
@@ -66,16 +102,19 @@ def _misfit(rows: list[dict[str, Any]], schema: pa.Schema, before: int) -> Input
         for field in schema:
             try:
                 pa.array([row.get(field.name)], type=field.type)
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
-                return InputError(
-                    f'row {number}: column "{field.name}" holds {row.get(field.name)!r}, where earlier rows hold {field.type}'
-                )
+            except MISFIT:
+                return _wrong(number, field.name, row.get(field.name), field.type)
     raise AssertionError("called for rows that fit")
 
 
-def write_rows(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | None = None) -> int:
+def write_rows(
+    folder: Path,
+    rows: Iterable[dict[str, Any]],
+    schema: pa.Schema | None = None,
+    types: Mapping[str, pa.DataType] | None = None,
+) -> int:
     """Write rows as `folder/data.parquet` and return how many there were. Raises InputError when there is none."""
-    writer = RowWriter(folder, schema)
+    writer = RowWriter(folder, schema, types)
     for row in rows:
         writer.add(row)
     if not writer.close():

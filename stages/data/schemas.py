@@ -14,6 +14,7 @@ and the source's other columns. Completions are text: the assistant's last turn.
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from typing import Any
 
 from stages.artifacts import canonical_json, digest_of
@@ -29,9 +30,10 @@ TEXTS = ("completion", "chosen", "rejected")
 def canonical(row: Row, where: str) -> Row:
     """One source row as a canonical row, without its id. Raises InputError naming row and column."""
     row = {name: value for name, value in row.items() if name != "id"}
-    if "messages" in row and "prompt" not in row:
-        row = _from_messages(row, where)
-    elif "text" in row and "prompt" not in row:
+    if "messages" in row and not row.keys() & set(TEXTS):
+        # Some sources (H4's) repeat the first message as a column `prompt`.
+        row = _from_messages({name: value for name, value in row.items() if name != "prompt"}, where)
+    elif "text" in row and not row.keys() & {"prompt", *TEXTS}:
         row = {"prompt": "", "completion": row.pop("text"), **row}
     elif "chosen" in row and "rejected" in row:
         row = _from_pair(row, where)
@@ -77,18 +79,31 @@ def _from_pair(row: Row, where: str) -> Row:
     """Chosen and rejected that repeat the prompt (HH-RLHF, TRL's implicit prompt) give it back; the rest is the answer."""
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str) and "prompt" not in row and TURN.match(chosen):
-        chosen, rejected = parse_dialogue(chosen, where), parse_dialogue(rejected, where)
-    if "prompt" in row or isinstance(chosen, str):
+        chosen = parse_dialogue(chosen, f'{where}, "chosen"')
+        rejected = parse_dialogue(rejected, f'{where}, "rejected"')
+    if "prompt" in row:
         return row
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return row | _split_texts(chosen, rejected, where)
     chosen, rejected = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise InputError(f'{where}: "chosen" and "rejected" differ before their last turn, so they do not answer one prompt')
-    return row | {"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+    return row | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _split_texts(chosen: str, rejected: str, where: str) -> Row:
+    """Two texts as the prompt that both start with, cut before a space (as TRL does), and what each says after it."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    end = max((place for place, character in enumerate(shared) if character.isspace()), default=0)
+    if not chosen[:end].strip():
+        raise InputError(f'{where}: no column "prompt", and "chosen" and "rejected" do not start with the same words')
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(value, str):
-        return parse_dialogue(value.removesuffix("\n\nAssistant:"), where) if TURN.match(value) else value
+        return parse_dialogue(value.rstrip().removesuffix("\n\nAssistant:"), where) if TURN.match(value) else value
     return _messages(value, where, "prompt")
 
 
@@ -107,7 +122,10 @@ def _is_message(value: Any) -> bool:
 
 def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, list):
-        value = _messages(value, where, column)[-1]["content"]
+        last = _messages(value, where, column)[-1]
+        if last["role"] != "assistant":
+            raise InputError(f'{where}: "{column}" must end with an assistant\'s turn, it ends with one of {last["role"]!r}')
+        value = last["content"]
     if not isinstance(value, str):
         raise InputError(f'{where}: "{column}" must be text, it is {type(value).__name__} {str(value)[:60]!r}')
     if not value.strip():
@@ -123,5 +141,8 @@ def _check(row: Row, where: str) -> None:
         raise InputError(f'{where}: it has "{have}" but no "{lack}"')
     if "label" in row and not isinstance(row["label"], bool):
         raise InputError(f'{where}: "label" must be true or false, it is {row["label"]!r}')
-    if "ranks" in row and len(row["ranks"]) != len(row.get("completions") or []):
-        raise InputError(f'{where}: {len(row["ranks"])} "ranks" for {len(row.get("completions") or [])} "completions"')
+    for name in ("completions", "ranks"):
+        if name in row and not isinstance(row[name], list):
+            raise InputError(f'{where}: "{name}" must be a list, it is {type(row[name]).__name__} {str(row[name])[:60]!r}')
+    if "ranks" in row and len(row["ranks"]) != len(row.get("completions", [])):
+        raise InputError(f'{where}: {len(row["ranks"])} "ranks" for {len(row.get("completions", []))} "completions"')

@@ -43,9 +43,13 @@ def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
 def _hub(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
     from datasets import load_dataset
 
-    rows = load_dataset(str(folder), config.config, split=config.split, streaming=True)
-    for number, row in enumerate(rows, start=1):
-        yield f"{folder.name}/{config.split} row {number}", dict(row)
+    name, number = f"{folder.name}/{config.split}", 0
+    try:
+        rows = load_dataset(str(folder), config.config, split=config.split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{name} row {number}", dict(row)
+    except (ValueError, OSError) as error:  # an unknown config or split, no data files, a file cut short
+        raise InputError(f"{name}: cannot be read after row {number}: {error}") from error
 
 
 def _file(path: Path) -> Iterator[RawRow]:
@@ -54,12 +58,16 @@ def _file(path: Path) -> Iterator[RawRow]:
         raise InputError(
             f"{path.name}: cannot read rows from a {path.suffix or 'file without suffix'}; use one of {', '.join(readers)}"
         )
-    for number, row in enumerate(readers[path.suffix](path), start=1):
-        yield f"{path.name} row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(readers[path.suffix](path), start=1):
+            yield f"{path.name} row {number}", row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path.name}: cannot be read after row {number}: {error}") from error
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -74,7 +82,7 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path.name}: not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -83,8 +91,12 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row:
+                raise InputError(f"{path.name} line {reader.line_num}: has more values than the header has columns")
+            yield row
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

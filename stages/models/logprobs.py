@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from stages.data.batching import TokenBatch
+from stages.data.batching import TokenBatch, pack, pad
+from stages.errors import InputError
 
 # Float32 logits of one chunk: 256 MiB.
 CHUNK_ELEMENTS = 2**26
@@ -39,7 +41,8 @@ class TokenLogProbs(nn.Module):
         hidden_NH, ids_N = hidden_BTH[:, :-1][where], batch.ids_BT[:, 1:][where]
         logp_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=ids_N.device)
         if ids_N.numel() == 0:
-            return logp_BT + 0.0 * hidden_BTH.sum()
+            # Zeros that still reach every parameter: DDP waits for the gradient of each, the head's too.
+            return logp_BT + 0.0 * self._head(hidden_BTH[:, 0], batch.ids_BT[:, 0], temperature).sum()
         chunk = max(1, CHUNK_ELEMENTS // self.model.config.get_text_config().vocab_size)
         parts = list(zip(hidden_NH.split(chunk), ids_N.split(chunk), strict=True))
         recompute = len(parts) > 1 and torch.is_grad_enabled()
@@ -71,3 +74,31 @@ def head_logits(model: PreTrainedModel, hidden_NH: torch.Tensor) -> torch.Tensor
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV
+
+
+@torch.no_grad()
+def check_log_probs(model: PreTrainedModel, packed: bool) -> None:
+    """Compare our log-probs with those of the model's own forward on two short sequences, padded and, if asked for, packed.
+
+    Raises InputError for a family whose head scales its logits in a way not known here, or whose attention does not keep
+    packed sequences apart: both would train on wrong numbers without a sign of it.
+    """
+    vocabulary, was_training = model.config.get_text_config().vocab_size, model.training
+    model.eval()
+    sequences = [np.arange(3, 10) % vocabulary, np.arange(7, 12) % vocabulary]
+    expected = []
+    for ids in sequences:
+        ids_1T = torch.from_numpy(ids)[None].to(model.device)
+        logp_TV = model(input_ids=ids_1T).logits[0, :-1].float().log_softmax(-1)
+        expected.append(logp_TV.gather(-1, ids_1T[0, 1:, None]).squeeze(-1))
+    expected_N = torch.cat(expected)
+    for build in (pad, pack) if packed else (pad,):
+        batch = build(sequences, [1, 1], 0, (0, 1)).to(model.device)
+        found_N = TokenLogProbs(model)(batch)[batch.target_BT.bool()]
+        error = float((found_N - expected_N).abs().max())
+        if error > 0.01:
+            what = (
+                "packed sequences: set runtime.packed to false" if build is pack else "log-probs: this family is not supported"
+            )
+            raise InputError(f"{model.config.model_type}: wrong by {error:.2g} nats in its {what}")
+    model.train(was_training)

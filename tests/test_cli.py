@@ -1,0 +1,130 @@
+"""The command as a person uses it: run, run again, change a value, kill it, mistype something."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+RECIPE = "tests/tiny/rlhf.yaml"
+COMMAND = [sys.executable, "-m", "flows.cli"]
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+def posttrain(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = environment_for(state)
+    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def environment_for(state: Path) -> dict[str, str]:
+    ours = ("POSTTRAIN_", "PREFECT_", "MLFLOW_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {"POSTTRAIN_HOME": str(state)}
+
+
+def stages(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
+
+
+STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "evaluate-base", "evaluate-sft"]
+
+
+@pytest.mark.xdist_group("cli")
+def test_first_run_then_second_then_changes(state: Path) -> None:
+    planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json"))
+    assert [stage["action"] for stage in planned.values()] == ["run"] * 7
+    first = stages(posttrain(state, "run", RECIPE, "--json"))
+    assert list(first) == STEPS
+    assert {stage["status"] for stage in first.values()} == {"ran"}
+    assert set(first["sft"]) >= {"name", "stage", "status", "seconds", "metrics", "artifacts"}
+    assert set(first["sft"]["artifacts"]) == {"checkpoint", "generations"}
+    assert first["sft"]["metrics"]["heldout_loss"] > 0
+    assert 0 <= first["evaluate-sft"]["metrics"]["accuracy_low"] <= first["evaluate-sft"]["metrics"]["accuracy_high"] <= 1
+
+    second = stages(posttrain(state, "run", RECIPE, "--json"))
+    assert {stage["status"] for stage in second.values()} == {"skipped"}
+    assert [stage["artifacts"] for stage in second.values()] == [stage["artifacts"] for stage in first.values()]
+
+    change = ("--set", "sft.optimizer.lr=2e-3")
+    planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", *change))
+    assert {name for name, stage in planned.items() if stage["action"] == "run"} == {"sft", "evaluate-sft"}
+    assert planned["sft"]["reason"] == "optimizer.lr: 0.001 -> 0.002"
+    third = stages(posttrain(state, "run", RECIPE, "--json", *change))
+    assert {name for name, stage in third.items() if stage["status"] == "ran"} == {"sft", "evaluate-sft"}
+
+    again = stages(posttrain(state, "run", RECIPE, "--json", "--from", "sft"))
+    assert {name for name, stage in again.items() if stage["status"] == "ran"} == {"sft", "evaluate-sft"}
+    digests = {output: made["digest"] for output, made in first["sft"]["artifacts"].items()}
+    assert {output: made["digest"] for output, made in again["sft"]["artifacts"].items()} == digests
+
+    shown = posttrain(state, "artifacts", "tiny-sft")
+    assert "tiny-sft-generations" in shown.stdout
+
+
+@pytest.mark.xdist_group("cli")
+def test_killed_command_goes_on_and_leaves_no_server(tmp_path: Path) -> None:
+    arguments = [*COMMAND, "run", RECIPE, "--json", "--set", "base.steps=300", "--set", "base.runtime.save_every=20"]
+    log = (tmp_path / "log").open("w")
+    child = subprocess.Popen(arguments, cwd=ROOT, env=environment_for(tmp_path), stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/state/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(processes_of(tmp_path)) == 2, "the command and its Prefect server"
+    child.send_signal(signal.SIGKILL)
+    child.wait(10)
+    time.sleep(1)
+    assert not processes_of(tmp_path), "the command's Prefect server died with it"
+
+    extra = ("--set", "base.steps=300", "--set", "base.runtime.save_every=20")
+    resumed = stages(posttrain(tmp_path, "run", RECIPE, "--json", *extra))
+    assert [resumed[name]["status"] for name in ("corpus", "base", "sft")] == ["skipped", "resumed", "ran"]
+    whole = stages(posttrain(tmp_path, "run", RECIPE, "--json", *extra, "--from", "base"))
+    for name in ("base", "sft", "evaluate-sft"):
+        assert whole[name]["status"] == "ran"
+        before = {output: made["digest"] for output, made in resumed[name]["artifacts"].items()}
+        assert {output: made["digest"] for output, made in whole[name]["artifacts"].items()} == before
+
+
+def processes_of(state: Path) -> list[Path]:
+    return [path for path in Path("/proc").glob("[0-9]*/environ") if belongs(path, state)]
+
+
+def belongs(environ: Path, state: Path) -> bool:
+    """Whether a process was started with this state folder."""
+    try:
+        return f"POSTTRAIN_HOME={state}\0".encode() in environ.read_bytes()
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", RECIPE, "--set", "stf.epochs=1"), "unknown key stf; did you mean sft?"),
+        (("run", "configs/nothing.yaml"), "no such recipe"),
+        (
+            ("run", RECIPE, "--dry-run", "--set", "inputs.corpus=./nothing.jsonl"),
+            "inputs.corpus: ./nothing.jsonl: no such file",
+        ),
+        (("run", RECIPE, "--dry-run", "--from", "stf"), "--from stf: no step has this name"),
+        (("run", RECIPE, "--set", "flow=rhlf"), "no flow is named 'rhlf'"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = posttrain(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,68 @@
+"""What a tiny run of every stage makes, pinned: code that changes it must raise the stage's VERSION (DESIGN 3).
+
+Text is pinned by digest. Weights are pinned by numbers with few digits, since their last bits differ between processors.
+When this test fails and the change is meant, raise `version` in the stage's spec and put what the test prints into
+`tests/data/pinned.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, request_for
+
+from stages.artifacts import read_manifest
+from stages.request import run_stage
+from stages.specs import STAGES
+
+PINNED: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "pinned.json").read_text())
+RUNTIME = {"device": "cpu", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, init_folder: Path) -> dict[str, Any]:
+    return tiny_runs(tmp_path_factory.mktemp("digests"), init_folder)
+
+
+def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
+    """Each stage's version and what it made."""
+    source = root / "source"
+    source.mkdir()
+    (source / "procedural.json").write_text(json.dumps({"name": "chain-sum/demonstrations"}))
+
+    def run(stage: str, config: dict[str, Any], **inputs: Path) -> Path:
+        events: list[dict[str, Any]] = []
+        run_stage(request_for(stage, root / stage, config, **inputs), events.append)
+        numbers = {k: v for e in events if e["event"] == "metrics" for k, v in e["metrics"].items() if "per_second" not in k}
+        found[stage] = {"version": STAGES[stage].version, "metrics": {k: float(f"{v:.4g}") for k, v in numbers.items()}}
+        return root / stage / "outputs"
+
+    found: dict[str, Any] = {}
+    data = run("prepare", {"rows": 40, "heldout": 0.25, "split_by": "problem"}, source=source)
+    found["prepare"]["digests"] = {n: read_manifest(data / n, "dataset").digest[:16] for n in ("train", "heldout")}
+    sampling, adamw = {"max_new_tokens": 6}, {"lr": 1e-2}
+    config = {
+        "steps": 5,
+        "batch_size": 4,
+        "optimizer": adamw,
+        "generations": 3,
+        "sampling": sampling,
+        "runtime": RUNTIME,
+    }
+    sft = run("sft", config, model=init_folder, train=data / "train", heldout=data / "heldout")
+    found["sft"]["columns"] = pq.read_schema(sft / "generations" / "data.parquet").names
+    found["sft"]["files"] = sorted(path.name for path in (sft / "checkpoint").iterdir())
+    config = {"verifier": {"name": "answer"}, "rewards": [{"name": "chain_sum"}], "sampling": sampling, "runtime": RUNTIME}
+    paths = {"policy": sft / "checkpoint", "reference": init_folder, "prompts": data / "heldout"}
+    evaluated = run("evaluate", config, **paths)
+    found["evaluate"]["columns"] = pq.read_schema(evaluated / "generations" / "data.parquet").names
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_tiny_run_makes_what_is_pinned(made: dict[str, Any], stage: str) -> None:
+    assert made[stage] == PINNED.get(stage), f"raise the version of {stage}, then pin: {json.dumps(made[stage], indent=4)}"

@@ -1,0 +1,171 @@
+"""One step through the real store: run, skip, resume, adopt, fail, recompute."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import INIT, ROOT
+
+from stages.artifacts import Dataset, Model
+from stages.errors import InputError
+from tasks.execute import execute, headline
+from tasks.home import configure_environment
+from tasks.launch import Launch
+from tasks.plan import StepCall, examine
+from tasks.references import resolve
+from tasks.store import Store
+
+SFT: dict[str, Any] = {
+    "steps": 40,
+    "batch_size": 4,
+    "generations": 2,
+    "sampling": {"max_new_tokens": 4},
+    "optimizer": {"lr": 1e-3},
+    "runtime": {"save_every": 1, "log_every": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path))
+    return Store(configure_environment())
+
+
+def prepare_call(store: Store, rows: int = 20, **fields: Any) -> StepCall:
+    source = resolve(store, "procedural:chain-sum/demonstrations", "dataset")
+    config = {"rows": rows, "heldout": 0.2}
+    return StepCall(recipe="r", name="data", stage="prepare", config=config, inputs={"source": source}, pipeline="", **fields)
+
+
+def sft_call(store: Store, **fields: Any) -> StepCall:
+    train = execute.fn(prepare_call(store)).artifacts["train"]
+    inputs: dict[str, Dataset | Model] = {"model": resolve(store, f"init:{INIT}", "model"), "train": train}
+    return StepCall(recipe="r", name="sft", stage="sft", config=SFT, inputs=inputs, pipeline="", **fields)
+
+
+def test_run_then_skip(store: Store) -> None:
+    call = prepare_call(store)
+    first = execute.fn(call)
+    second = execute.fn(call)
+    assert (first.status, second.status) == ("ran", "skipped")
+    assert second.artifacts == first.artifacts
+    assert second.metrics == first.metrics
+    assert first.artifacts["train"].name == "r-data-train"
+    assert not list((store.root / "runs").iterdir()), "a finished step leaves no run folder"
+
+
+def test_operational_fields_do_not_recompute(store: Store) -> None:
+    call = sft_call(store)
+    execute.fn(call)
+    other = call.model_copy(update={"config": {**SFT, "runtime": {"save_every": 7, "log_every": 3, "device": "cpu"}}})
+    assert examine(store, other).action == "skip"
+
+
+def test_a_changed_field_is_the_reason(store: Store) -> None:
+    execute.fn(prepare_call(store))
+    plan = examine(store, prepare_call(store, rows=21))
+    assert (plan.action, plan.reason) == ("run", "rows: 20 -> 21")
+
+
+def test_recompute_makes_a_new_version_with_the_same_bytes(store: Store) -> None:
+    first = execute.fn(prepare_call(store))
+    second = execute.fn(prepare_call(store, recompute=True))
+    assert second.status == "ran"
+    assert [result.artifacts["train"].version for result in (first, second)] == ["1", "2"]
+    assert first.artifacts["train"].digest == second.artifacts["train"].digest
+
+
+def test_damaged_artifacts_are_made_again(store: Store) -> None:
+    first = execute.fn(prepare_call(store))
+    (store.locate(first.artifacts["train"]) / "data.parquet").unlink()
+    assert "missing" in examine(store, prepare_call(store)).reason
+    second = execute.fn(prepare_call(store))
+    assert second.status == "ran"
+    assert second.artifacts["train"].digest == first.artifacts["train"].digest
+
+
+def kill_child_at_a_state(store: Store, states: int) -> None:
+    """Kill the stage's child process once its run folder has seen some saved states."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for events in (store.root / "runs").glob("*/events.jsonl"):
+            if events.read_text().count('"event": "state"') >= states:
+                found = subprocess.run(["pgrep", "-f", str(events.parent / "request.json")], capture_output=True, text=True)
+                for pid in found.stdout.split():
+                    os.kill(int(pid), signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+def test_killed_child_resumes_to_the_same_bytes(store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
+    call = sft_call(store, launch=Launch(mode="process"))
+    killer = threading.Thread(target=kill_child_at_a_state, args=(store, 3))
+    killer.start()
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        execute.fn(call)
+    killer.join()
+    unfinished = store.unfinished(call.key())
+    assert unfinished is not None
+    assert unfinished.info.status == "FAILED"
+    assert examine(store, call).action == "resume"
+    resumed = execute.fn(call)
+    assert resumed.status == "resumed"
+    assert resumed.run_id == unfinished.info.run_id
+
+    steps = [metric.step for metric in store.client.get_metric_history(resumed.run_id, "loss")]
+    assert steps == list(range(1, 41)), "every step is logged once, in order"
+    again = execute.fn(call.model_copy(update={"recompute": True, "launch": Launch()}))
+    assert {n: a.digest for n, a in again.artifacts.items()} == {n: a.digest for n, a in resumed.artifacts.items()}
+
+
+def test_killed_while_publishing_adopts_what_is_done(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = prepare_call(store)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.store.Store._register", die)
+        with pytest.raises(KeyboardInterrupt):
+            execute.fn(call)
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.execute.launch", die)
+        result = execute.fn(call)
+    assert result.status == "resumed"
+    assert result.artifacts["train"].version == "1"
+
+
+def test_a_failing_stage_publishes_nothing_and_harms_nothing(store: Store) -> None:
+    good = execute.fn(prepare_call(store))
+    bad = prepare_call(store).model_copy(update={"config": {"rows": 20, "filters": {"min_prompt_chars": 10_000}}})
+    with pytest.raises(InputError, match="no row is left"):
+        execute.fn(bad)
+    assert store.find(bad.key()) == (None, None)
+    assert len(store.client.search_model_versions("name = 'r-data-train'")) == 1
+    assert execute.fn(prepare_call(store)).artifacts == good.artifacts
+
+
+def test_two_processes_compute_a_key_once(store: Store) -> None:
+    call = sft_call(store)
+    code = (
+        "import sys\nfrom tasks.plan import StepCall\nfrom tasks.execute import execute\n"
+        "print(execute.fn(StepCall.model_validate_json(sys.argv[1])).status)\n"
+    )
+    arguments = [sys.executable, "-c", code, call.model_dump_json()]
+    children = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(child.communicate(timeout=120)[0].split()[-1] for child in children)
+    assert said == ["ran", "skipped"]
+    assert len(store.client.search_model_versions("name = 'r-sft'")) == 1
+
+
+def test_headline_shows_before_and_after(store: Store) -> None:
+    spec = sft_call(store).spec()
+    assert headline(spec, {"heldout_loss_before": 5.2123, "heldout_loss": 0.5, "other": 1}) == "heldout_loss 5.21 -> 0.5"

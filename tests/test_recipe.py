@@ -1,0 +1,91 @@
+"""Recipes: what is read, what `--set` changes, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from flows.recipe import apply, parse, read_recipe
+from flows.rlhf import RlhfRecipe
+from stages.errors import InputError
+
+TINY = ROOT / "tests" / "tiny" / "rlhf.yaml"
+
+
+def tiny(*settings: str, seed: int | None = None) -> RlhfRecipe:
+    return parse(RlhfRecipe, read_recipe(TINY, settings, seed), "tiny.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert parse(RlhfRecipe, read_recipe(path), str(path)).name == path.stem
+
+
+def test_the_recipes_seed_reaches_every_step_that_sets_none() -> None:
+    assert tiny().sft.seed == 3
+    recipe = tiny("sft.seed=9", seed=5)
+    assert (recipe.seed, recipe.sft.seed, recipe.evaluate.seed, recipe.prompts.seed) == (5, 9, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("sft.optimizer.lr=1e-4", 1e-4), ("sft.optimizer.lr=0.5", 0.5), ("sft.optimizer.lr=3", 3.0)],
+)
+def test_set_reads_numbers(setting: str, value: float) -> None:
+    assert tiny(setting).sft.optimizer.lr == value
+
+
+def test_set_reads_other_values() -> None:
+    values: dict[str, Any] = {}
+    for setting in ("a.b=true", "a.c=null", "a.d=[1, 2]", "a.e=text", "f=", "a.g=1e5x"):
+        apply(values, setting)
+    assert values == {"a": {"b": True, "c": None, "d": [1, 2], "e": "text", "g": "1e5x"}, "f": None}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("stf.epochs=3", r"tiny.yaml: unknown key stf; did you mean sft\?"),
+        ("sft.optimiser.lr=3", r"unknown key sft.optimiser; did you mean optimizer\?"),
+        ("sft.optimizer.learning=3", r"unknown key sft.optimizer.learning"),
+        ("sft.batch_size=0", r"sft.batch_size: .*greater than or equal to 1 \(it is 0\)"),
+        ("sft.loss_on=words", r"sft.loss_on: .*'completion' or 'all'"),
+        ("evaluate.verifier.name=anser", r"no reward is named 'anser'; there are answer"),
+        ("inputs.promts=./x", r"'promts' is not an input of this flow; did you mean prompts\?"),
+        ("name=a/b", r"name: .*pattern"),
+    ],
+)
+def test_what_is_refused(setting: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        tiny(setting)
+
+
+def test_every_problem_gets_its_line() -> None:
+    with pytest.raises(InputError) as raised:
+        tiny("sft.batch_size=0", "stf=1")
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_a_missing_step_is_named() -> None:
+    values = read_recipe(TINY)
+    del values["sft"]
+    with pytest.raises(InputError, match="sft is missing"):
+        parse(RlhfRecipe, values, "x")
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such recipe; did you mean .*rlhf.yaml"):
+        read_recipe(TINY.with_name("rlfh.yaml"))
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(InputError, match="a mapping with a key `flow`"):
+        read_recipe(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [\n")
+    with pytest.raises(InputError, match="not YAML"):
+        read_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(InputError, match=r"step\.field=value"):
+        read_recipe(TINY, ["sft.epochs"])
+    with pytest.raises(InputError, match="seed is a value"):
+        read_recipe(TINY, ["seed.x=1"])

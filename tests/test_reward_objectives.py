@@ -1,0 +1,51 @@
+"""Bradley-Terry and rankings: values by hand, translation invariance, ties, margins."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages.objectives.reward import bradley_terry, ranking
+
+
+def test_bradley_terry_by_hand() -> None:
+    losses = bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2)], abs=1e-6)
+
+
+def test_only_differences_matter() -> None:
+    chosen, rejected = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bradley_terry(chosen + 3, rejected + 3), bradley_terry(chosen, rejected))
+
+
+def test_a_margin_is_a_handicap() -> None:
+    chosen, rejected = torch.tensor([2.0]), torch.tensor([0.5])
+    torch.testing.assert_close(bradley_terry(chosen, rejected, torch.tensor([1.0])), bradley_terry(chosen - 1, rejected))
+
+
+def test_extreme_scores_stay_finite() -> None:
+    assert bradley_terry(torch.tensor([-200.0]), torch.tensor([200.0])).item() == pytest.approx(400)
+
+
+def test_bfloat16_scores_give_float32_losses() -> None:
+    assert bradley_terry(torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_ranking_is_the_mean_over_its_ordered_pairs() -> None:
+    scores, ranks = torch.tensor([0.3, -1.0, 2.0, 0.1]), torch.tensor([2, 3, 1, 2])
+    pairs = [(a, b) if ranks[a] < ranks[b] else (b, a) for a, b in combinations(range(4), 2) if ranks[a] != ranks[b]]
+    expected = torch.stack([-F.logsigmoid(scores[a] - scores[b]) for a, b in pairs]).mean()
+    assert len(pairs) == 5
+    torch.testing.assert_close(ranking(scores, ranks), expected)
+
+
+def test_a_pair_is_a_ranking_of_two_and_ties_are_nothing() -> None:
+    scores = torch.tensor([0.2, 0.9], requires_grad=True)
+    torch.testing.assert_close(ranking(scores, torch.tensor([1, 2])), bradley_terry(scores[:1], scores[1:])[0])
+    tied = ranking(scores, torch.tensor([1, 1]))
+    assert tied.item() == 0
+    assert not torch.autograd.grad(tied, scores)[0].any()
