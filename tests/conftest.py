@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
-import yaml
 
 from stages.data.parquet import write_rows
 from stages.data.schemas import row_id
@@ -23,7 +23,7 @@ from stages.request import InputFolder, Request
 from stages.specs import STAGES
 
 ROOT = Path(__file__).parent.parent
-INIT = ROOT / "configs" / "models" / "tiny-llama.yaml"
+INIT = ROOT / "tests" / "tiny" / "init.yaml"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,11 +36,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def init_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder that makes random weights: hidden 16, one layer."""
-    spec: dict[str, Any] = yaml.safe_load(INIT.read_text())
-    spec["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    spec["model"] |= {"num_key_value_heads": 2}
     folder = tmp_path_factory.mktemp("init")
-    (folder / "init.yaml").write_text(yaml.safe_dump(spec))
+    shutil.copyfile(INIT, folder / "init.yaml")
     return folder
 
 
