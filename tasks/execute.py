@@ -14,6 +14,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle, Kind
+from stages.errors import InputError
 from stages.request import InputFolder, Request
 from stages.run import Event
 from stages.specs import StageSpec
@@ -100,9 +101,13 @@ def _compute(store: Store, call: StepCall, key: str) -> Status:
         recorder.flush()
         made = made_outputs(folder, call.spec())
         store.publish(run_id, folder, made, {output: call.registered_name(output) for output in made}, call.inputs)
-    except BaseException:
+    except BaseException as error:
         recorder.flush()
         store.fail(run_id)
+        if not has_progress(store, run_id):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, InputError):
+            raise InputError(f"{call.name}: {error}") from error
         raise
     shutil.rmtree(folder, ignore_errors=True)
     return status

@@ -23,7 +23,7 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
         numbers = headline(STAGES[result.stage], result.metrics).replace("  ", "\n")
         artifacts = "\n".join(str(made) for made in result.artifacts.values())
         table.add_row(result.name, result.status, f"{result.seconds:.1f}", numbers, artifacts)
-    console.print(table)
+    _print(console, table)
 
 
 def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Plan]]) -> None:
@@ -33,7 +33,7 @@ def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Pl
         table.add_column(column)
     for name, stage, plan in plans:
         table.add_row(name, stage, plan.action, plan.reason)
-    console.print(table)
+    _print(console, table)
 
 
 def print_artifacts(store: Store, part: str) -> None:
@@ -49,6 +49,11 @@ def print_artifacts(store: Store, part: str) -> None:
             made = datetime.fromtimestamp(version.creation_timestamp / 1000).strftime("%Y-%m-%d %H:%M:%S")
             digest, aliases = version.tags.get("digest", "")[:12], ", ".join(version.aliases)
             table.add_row(model.name, model.tags.get("kind", ""), str(version.version), made, digest, aliases)
-    console = Console()
-    console.width = console.width if console.is_terminal else 160
+    _print(Console(), table)
+
+
+def _print(console: Console, table: Table) -> None:
+    """A file or a pipe has no width; the 80 columns that are taken for it would cut names short."""
+    if not console.is_terminal:
+        console.width = 140
     console.print(table)

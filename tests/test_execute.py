@@ -146,8 +146,9 @@ def test_killed_while_publishing_adopts_what_is_done(store: Store, monkeypatch: 
 def test_a_failing_stage_publishes_nothing_and_harms_nothing(store: Store) -> None:
     good = execute.fn(prepare_call(store))
     bad = prepare_call(store).model_copy(update={"config": {"rows": 20, "filters": {"min_prompt_chars": 10_000}}})
-    with pytest.raises(InputError, match="no row is left"):
+    with pytest.raises(InputError, match="data: no row is left"):
         execute.fn(bad)
+    assert not list((store.root / "runs").iterdir()), "what cannot be gone on from is not kept"
     assert store.find(bad.key()) == (None, None)
     assert len(store.client.search_model_versions("name = 'r-data-train'")) == 1
     assert execute.fn(prepare_call(store)).artifacts == good.artifacts

@@ -31,3 +31,8 @@ def aggregate_tokens(
             raise ValueError('aggregate "constant" needs `total`, the constant to divide by')
         return losses_BT.sum() / total
     raise ValueError(f"aggregate must be sequence, token or constant, not {how!r}")
+
+
+def inside(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The values as float32, 0 outside the mask: what was there, NaN included, leaks neither forwards nor backwards."""
+    return torch.where(mask_BT.bool(), values_BT.float(), 0.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from stages.objectives.aggregate import Aggregate, aggregate_tokens
+from stages.objectives.aggregate import Aggregate, aggregate_tokens, inside
 from stages.objectives.kl import Estimator, kl
 
 
@@ -26,7 +26,7 @@ def policy_loss(
     For A > 0 the gain is flat once r > 1 + clip_high; for A < 0 the push stops once r < 1 - clip_low, and has no bound
     above. `aggregate` and `total` as in `objectives/aggregate.py`.
     """
-    ratio_BT, advantages_BT = _ratio(logp_BT, old_logp_BT, mask_BT).exp(), _inside(advantages_BT, mask_BT)
+    ratio_BT, advantages_BT = _ratio(logp_BT, old_logp_BT, mask_BT).exp(), inside(advantages_BT, mask_BT)
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     return aggregate_tokens(-torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT), mask_BT, aggregate, total)
 
@@ -46,7 +46,7 @@ def kl_penalty_loss(
     Mean over tokens, or sum over `total`.
     """
     log_ratio_BT = _ratio(logp_BT, old_logp_BT, mask_BT)
-    gain_BT = log_ratio_BT.exp() * _inside(advantages_BT, mask_BT)
+    gain_BT = log_ratio_BT.exp() * inside(advantages_BT, mask_BT)
     penalty_BT = coefficient * (torch.expm1(log_ratio_BT) - log_ratio_BT)
     return aggregate_tokens(penalty_BT - gain_BT, mask_BT, "token", total)
 
@@ -62,7 +62,7 @@ def policy_metrics(
 ) -> dict[str, torch.Tensor]:
     """How far the policy went, over the masked tokens: `clip_fraction` (share whose gradient the clip stops), `ratio_max`,
     `old_policy_kl` (of KL(old || policy), nats a token)."""
-    log_ratio_BT, advantages_BT = _ratio(logp_BT, old_logp_BT, mask_BT), _inside(advantages_BT, mask_BT)
+    log_ratio_BT, advantages_BT = _ratio(logp_BT, old_logp_BT, mask_BT), inside(advantages_BT, mask_BT)
     ratio_BT, count = log_ratio_BT.exp(), mask_BT.sum().clamp(min=1)
     stopped_BT = ((ratio_BT > 1 + clip_high) & (advantages_BT > 0)) | ((ratio_BT < 1 - clip_low) & (advantages_BT < 0))
     return {
@@ -106,8 +106,4 @@ def shape_rewards(
 
 def _ratio(logp_BT: torch.Tensor, old_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """log(pi / old), 0 outside the mask."""
-    return _inside(logp_BT.float() - old_logp_BT.float(), mask_BT)
-
-
-def _inside(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask_BT.bool(), values_BT.float(), 0.0)
+    return inside(logp_BT.float() - old_logp_BT.float(), mask_BT)
