@@ -47,6 +47,8 @@ def start_prefect_server(root: Path) -> None:
             stdout=log,
             stderr=log,
             preexec_fn=die_with_parent,
+            # A terminal's ctrl-C goes to the whole group: the server must outlive it, to hear that the flow run was stopped.
+            process_group=0,
         )
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     atexit.register(_stop, child)

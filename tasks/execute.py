@@ -22,7 +22,7 @@ from tasks import display
 from tasks.home import configure_environment
 from tasks.launch import launch
 from tasks.lease import lease
-from tasks.plan import StepCall, examine, has_progress
+from tasks.plan import StepCall, examine, has_progress, unfinished_run
 from tasks.record import Recorder
 from tasks.store import Store
 
@@ -78,7 +78,7 @@ def execute(call: StepCall) -> StepResult:
 
 def _compute(store: Store, call: StepCall, key: str) -> Status:
     """Run the stage in its MLflow run's folder, or go on with an unfinished run of the same key; then publish."""
-    unfinished = None if call.recompute else store.unfinished(key)
+    unfinished = unfinished_run(store, call)
     if unfinished is None:
         tags = {"key": key, "stage": call.stage, "step": call.name, "recipe": call.recipe, "pipeline": call.pipeline}
         run_id = store.begin(call.recipe, call.name, tags, call.identity())

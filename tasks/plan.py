@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle
 from stages.specs import STAGES, Config, StageSpec
 from tasks.launch import Launch
 from tasks.lease import held
-from tasks.store import OUTPUTS, Store
+from tasks.store import OUTPUTS, PIPELINE, Store
 
 
 class StepCall(BaseModel):
@@ -42,6 +43,11 @@ class StepCall(BaseModel):
     def key(self) -> str:
         return self.spec().key(self.parsed(), self.digests())
 
+    def may_use(self, pipeline: str) -> bool:
+        """Whether what a pipeline computed counts: any one's, but for a step that is to be computed again, whose own tries
+        alone do (a retry after a crash must not begin from nothing once more)."""
+        return not self.recompute or (self.pipeline != "" and pipeline == self.pipeline)
+
     def registered_name(self, output: str) -> str:
         """`RECIPE-STEP` for a model, `RECIPE-STEP-OUTPUT` for a dataset: both live in one registry."""
         kind = self.spec().outputs[output]
@@ -58,19 +64,24 @@ class Plan(BaseModel):
 
 def examine(store: Store, call: StepCall, lease_is_ours: bool = False) -> Plan:
     """Look for the step's key in the store."""
-    if call.recompute:
-        return Plan(action="run", reason="asked for by --from")
     key = call.key()
     published, damage = store.find(key)
-    if published is not None:
+    if published is not None and call.may_use(published.pipeline):
         return Plan(action="skip", reason="same config and inputs", outputs=published.outputs)
-    unfinished = store.unfinished(key)
+    unfinished = unfinished_run(store, call)
     if unfinished is not None and has_progress(store, unfinished.info.run_id):
         elsewhere = not lease_is_ours and held(store.root / "leases", key)
         return Plan(
             action="resume", reason="runs right now in another process" if elsewhere else "was interrupted; its state is saved"
         )
-    return Plan(action="run", reason=damage or difference(store, call))
+    reason = "asked for by --from" if call.recompute else damage or difference(store, call)
+    return Plan(action="run", reason=reason)
+
+
+def unfinished_run(store: Store, call: StepCall) -> Run | None:
+    """The run that this call goes on with: one of its key that is not complete."""
+    found = store.unfinished(key=call.key())
+    return found if found is not None and call.may_use(found.data.tags.get(PIPELINE, "")) else None
 
 
 def has_progress(store: Store, run_id: str) -> bool:

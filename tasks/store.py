@@ -33,18 +33,17 @@ from stages.data.parquet import count_rows, read_schema
 from stages.errors import InputError
 from tasks.provenance import provenance
 
-KEY, OUTPUTS, STAGE, STEP, RECIPE, PIPELINE = (
-    f"posttrain.{name}" for name in ("key", "outputs", "stage", "step", "recipe", "pipeline")
-)
+OUTPUTS, PIPELINE = "posttrain.outputs", "posttrain.pipeline"
 MODEL_ID = "posttrain.model."
 OURS = "posttrain.experiment"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A complete run: its id, what it made, its last metrics."""
+    """A complete run: its id, the pipeline that ran it, what it made, its last metrics."""
 
     run_id: str
+    pipeline: str
     outputs: dict[str, Dataset | Model]
     metrics: dict[str, float]
 
@@ -102,9 +101,9 @@ class Store:
             reason = f"its artifacts are damaged: {problems[0]}"
         return None, reason
 
-    def unfinished(self, key: str) -> Run | None:
-        """The newest run of a key that was begun and is not complete."""
-        return next((run for run in self.runs(key=key) if OUTPUTS not in run.data.tags), None)
+    def unfinished(self, **tags: str) -> Run | None:
+        """The newest run with these tags (`key=...`) that was begun and is not complete."""
+        return next((run for run in self.runs(**tags) if OUTPUTS not in run.data.tags), None)
 
     def begin(self, experiment: str, name: str, tags: Mapping[str, str], identity: dict[str, Any]) -> str:
         """Start a run and record its identity: as parameters for people, as a file for comparing."""
@@ -254,7 +253,7 @@ def published(run: Run) -> Published:
     """What a complete run made."""
     described = json.loads(run.data.tags[OUTPUTS])
     outputs = {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
-    return Published(run.info.run_id, outputs, dict(run.data.metrics))
+    return Published(run.info.run_id, run.data.tags.get(PIPELINE, ""), outputs, dict(run.data.metrics))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -95,6 +96,34 @@ def test_killed_command_goes_on_and_leaves_no_server(tmp_path: Path) -> None:
         assert whole[name]["status"] == "ran"
         before = {output: made["digest"] for output, made in resumed[name]["artifacts"].items()}
         assert {output: made["digest"] for output, made in whole[name]["artifacts"].items()} == before
+
+
+@pytest.mark.xdist_group("cli")
+def test_ctrl_c_ends_at_once_and_the_flow_run_is_not_left_running(tmp_path: Path) -> None:
+    """As a terminal does it: the signal goes to the whole group of processes."""
+    log = (tmp_path / "log").open("w+")
+    arguments = [*COMMAND, "run", RECIPE, "--set", "base.steps=3000", "--set", "base.runtime.save_every=20"]
+    child = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment_for(tmp_path),
+        stdout=log,
+        stderr=log,
+        process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/state/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGINT)
+    assert child.wait(40) == 130
+    log.seek(0)
+    said = log.read()
+    assert "the same command goes on from the last saved state" in said
+    assert "Traceback" not in said
+    assert not processes_of(tmp_path)
+    with sqlite3.connect(tmp_path / "prefect" / "prefect.db") as database:
+        assert database.execute("select state_type from flow_run").fetchall() == [("CRASHED",)]
 
 
 def processes_of(state: Path) -> list[Path]:

@@ -83,6 +83,24 @@ def test_recompute_makes_a_new_version_with_the_same_bytes(store: Store) -> None
     assert first.artifacts["train"].digest == second.artifacts["train"].digest
 
 
+def test_a_retry_of_a_recompute_goes_on_instead_of_beginning_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = execute.fn(prepare_call(store))
+    again = prepare_call(store, recompute=True).model_copy(update={"pipeline": "flow-run-2"})
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.store.Store._register", die)
+        with pytest.raises(KeyboardInterrupt):
+            execute.fn(again)
+    second = execute.fn(again)
+    assert (second.status, execute.fn(again).status) == ("resumed", "skipped")
+    assert second.run_id != first.run_id
+    other = again.model_copy(update={"pipeline": "flow-run-3"})
+    assert examine(store, other).reason == "asked for by --from"
+
+
 def test_damaged_artifacts_are_made_again(store: Store) -> None:
     first = execute.fn(prepare_call(store))
     (store.locate(first.artifacts["train"]) / "data.parquet").unlink()
@@ -112,7 +130,7 @@ def test_killed_child_resumes_to_the_same_bytes(store: Store, tmp_path_factory: 
     with pytest.raises(RuntimeError, match="ended with -9"):
         execute.fn(call)
     killer.join()
-    unfinished = store.unfinished(call.key())
+    unfinished = store.unfinished(key=call.key())
     assert unfinished is not None
     assert unfinished.info.status == "FAILED"
     assert examine(store, call).action == "resume"

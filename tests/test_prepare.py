@@ -393,10 +393,3 @@ def test_unusable_rows_stop_or_are_dropped_and_counted(tmp_path: Path) -> None:
     done = prepare(tmp_path / "drop", rows, unusable="drop")
     assert prompts(done.train) == ["a"]
     assert done.counts['unusable: "chosen" is empty'] == 1
-
-
-def test_a_prompt_that_repeats_the_first_message_is_left_out(tmp_path: Path) -> None:
-    """The layout of H4's chat datasets."""
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    done = prepare(tmp_path, [{"prompt": "q", "messages": messages}])
-    assert [(row["prompt"], row["completion"]) for row in done.train] == [([messages[0]], "a")]

@@ -34,6 +34,10 @@ FORMATS: dict[str, tuple[Row, Row]] = {
         {"messages": [SYSTEM, ASKED, GREEN, said("user", "Sure?"), BLUE], "source": "x"},
         {"prompt": [SYSTEM, ASKED, GREEN, said("user", "Sure?")], "completion": "It is blue.", "source": "x"},
     ),
+    "messages beside a prompt that repeats the first one (H4's datasets)": (
+        {"prompt": ASKED["content"], "messages": [ASKED, BLUE]},
+        {"prompt": [ASKED], "completion": "It is blue."},
+    ),
     "prompt only": ({"prompt": "The sky is"}, {"prompt": "The sky is"}),
     "conversational prompt only": ({"prompt": [ASKED]}, {"prompt": [ASKED]}),
     "prompt and completion": (

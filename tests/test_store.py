@@ -49,7 +49,7 @@ def publish(store: Store, run_id: str, folder: Path) -> dict[str, Dataset | Mode
 def test_nothing_is_found_before_the_complete_tag(store: Store) -> None:
     run_id = begun(store)
     assert store.find("k") == (None, None)
-    unfinished = store.unfinished("k")
+    unfinished = store.unfinished(key="k")
     assert unfinished is not None
     assert unfinished.info.run_id == run_id
 
@@ -62,7 +62,7 @@ def test_publish_then_find(store: Store) -> None:
     assert (store.locate(made["checkpoint"]) / "model.safetensors").read_text() == "weights"
     assert pq.read_table(store.locate(made["generations"])).num_rows == 1
     assert made["generations"].version == "1"
-    assert store.unfinished("k") is None
+    assert store.unfinished(key="k") is None
 
 
 def test_publishing_moves_and_copies_nothing(store: Store) -> None:

@@ -14,7 +14,6 @@ from stages.errors import InputError
 
 ROWS_PER_GROUP = 4096
 MISFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class RowWriter:

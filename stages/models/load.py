@@ -67,7 +67,8 @@ def save_policy(policy: LoadedPolicy, folder: Path) -> None:
     policy.model.config._name_or_path = ""
     policy.model.config.use_cache = True
     if policy.model.generation_config is not None:
-        policy.model.generation_config.eos_token_id = policy.stops[0] if policy.stops[1:] == () else list(policy.stops)
+        stops = list(policy.stops)
+        policy.model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     for mark in ("is_local", "local_files_only"):  # where the tokenizer came from
         policy.tokenizer.init_kwargs.pop(mark, None)
     policy.model.save_pretrained(folder, safe_serialization=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,6 @@ class Score:
     components: Mapping[str, float] = field(default_factory=dict)
     step_scores: Sequence[float] | None = None
     step_ends: Sequence[int] | None = None
-
-
-RewardFunction = Callable[..., list[Score | None]]
 
 
 @dataclass(frozen=True)
