@@ -138,6 +138,16 @@ def belongs(environ: Path, state: Path) -> bool:
         return False
 
 
+def test_nothing_but_the_document_reaches_stdout() -> None:
+    """Whatever a library prints, even past Python's own stdout, goes to stderr."""
+    code = (
+        "import os\nfrom flows.cli import _divert_stdout\nreal = _divert_stdout()\n"
+        "print('printed', flush=True)\nos.write(1, b'written\\n')\nreal.write('document')\nreal.flush()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr.split()) == ("document", ["printed", "written"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
