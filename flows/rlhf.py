@@ -1,7 +1,8 @@
-"""Classic RLHF: a base model through supervised fine-tuning, measured on held-out prompts.
+"""Classic RLHF: a base model through supervised fine-tuning and a reward model, measured on held-out prompts.
 
-corpus -> base            (only when the recipe makes its own base model)
+corpus -> base                                  only when the recipe makes its own base model
 demonstrations -> sft
+prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
 prompts -> evaluate-base, evaluate-sft
 """
 
@@ -17,20 +18,25 @@ from flows.recipe import Recipe
 from flows.runner import run_pipeline
 from stages.artifacts import Kind
 from stages.specs.evaluate import EvaluateConfig
+from stages.specs.label import LabelConfig
 from stages.specs.prepare import PrepareConfig
+from stages.specs.reward_model import RewardModelConfig
+from stages.specs.sample import SampleConfig
 from stages.specs.sft import SftConfig
 from tasks.execute import StepResult
 from tasks.pipeline import Pipeline
 
 
 class RlhfRecipe(Recipe):
-    """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`."""
+    """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`,
+    `preferences` (not needed with the steps samples and labels)."""
 
     INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
         "model": "model",
         "corpus": "dataset",
         "demonstrations": "dataset",
         "prompts": "dataset",
+        "preferences": "dataset",
     }
 
     corpus: PrepareConfig | None = Field(
@@ -42,6 +48,14 @@ class RlhfRecipe(Recipe):
     demonstrations: PrepareConfig = Field(title="demonstrations", description="Prepares the demonstrations.")
     sft: SftConfig = Field(title="sft", description="Fine-tunes the base on the demonstrations.")
     prompts: PrepareConfig = Field(title="prompts", description="Prepares the prompts; the held-out ones measure every model.")
+    samples: SampleConfig | None = Field(
+        default=None, title="samples", description="Draws completions of the training prompts from the SFT model."
+    )
+    labels: LabelConfig | None = Field(default=None, title="labels", description="Makes preferences of the samples.")
+    preferences: PrepareConfig | None = Field(
+        default=None, title="preferences", description="Prepares the input of this name; left out with samples and labels."
+    )
+    reward_model: RewardModelConfig = Field(title="reward_model", description="Learns a reward from the preferences.")
     evaluate: EvaluateConfig = Field(title="evaluate", description="How every model is measured.")
 
 
@@ -58,9 +72,30 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         "checkpoint"
     ]
 
-    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))["heldout"]
-    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, prompts=prompts)
-    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, prompts=prompts, reference=base, opponent=base)
+    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))
+    samples = None
+    if recipe.samples is not None and recipe.labels is not None:
+        samples = pipeline.step("samples", "sample", recipe.samples, policy=sft, prompts=prompts["train"])["samples"]
+        preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
+    else:
+        given = recipe.preferences or PrepareConfig(heldout=0.1)
+        preferences = pipeline.step(
+            "preferences", "prepare", given, source=pipeline.input("preferences"), exclude=prompts["heldout"]
+        )
+    pipeline.step(
+        "reward_model",
+        "reward_model",
+        recipe.reward_model,
+        model=sft,
+        train=preferences["train"],
+        heldout=preferences["heldout"],
+        demonstrations=demonstrations["train"],
+        samples=samples,
+    )
+
+    heldout = prompts["heldout"]
+    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, prompts=heldout)
+    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, prompts=heldout, reference=base, opponent=base)
 
 
 @flow(name="rlhf", flow_run_name="{recipe.name}", persist_result=False)

@@ -31,6 +31,7 @@ from stages.rollouts.sample import Sample, sample_rows
 from stages.run import Run
 from stages.specs.common import RewardRef
 from stages.specs.evaluate import EvaluateConfig
+from stages.statistics import summary
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Values = list[float | None]
@@ -100,16 +101,6 @@ def by_prompt(samples: Sequence[Sample], numbers: Values) -> list[list[float]]:
         if number is not None:
             groups.setdefault(sample.row["id"], []).append(number)
     return list(groups.values())
-
-
-def summary(name: str, groups: Sequence[Sequence[float]], resamples: int, seed: int) -> dict[str, float]:
-    """Mean over prompts of each prompt's mean, with its 95% bootstrap interval over prompts."""
-    if not groups:
-        return {}
-    means = np.array([np.mean(group) for group in groups])
-    picks = np.random.default_rng(seed).integers(0, len(means), size=(resamples, len(means)))
-    low, high = np.quantile(means[picks].mean(axis=1), [0.025, 0.975])
-    return {name: float(means.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def wins(judge: RewardRef, ours: Sequence[Sample], theirs: Sequence[Sample]) -> Values:

@@ -64,7 +64,7 @@ class Terminal:
         self.progress.update(self.bars[step], completed=1, total=1, note=note)
         self.progress.stop_task(self.bars[step])
         if self.progress.disable:
-            self.console.print(f"{step:<18} {note}")
+            self.console.print(f"{step:<18} {note}", soft_wrap=True)
 
 
 current: Display = Quiet()

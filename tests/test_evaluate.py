@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import request_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stages.artifacts import sha256_file
 from stages.data.chat import encode_prompt
 from stages.data.parquet import read_rows
 from stages.errors import InputError
-from stages.evaluate import by_prompt, summary, wins
+from stages.evaluate import by_prompt, wins
 from stages.models.load import load_policy, save_policy
 from stages.request import run_stage
 from stages.rewards import REWARDS, RewardEntry, Score
@@ -93,34 +90,6 @@ def sample(row: str, number: int = 0, text: str = "") -> Sample:
 def test_numbers_are_grouped_by_prompt_and_missing_ones_left_out() -> None:
     samples = [sample("a"), sample("b"), sample("a", 1), sample("c"), sample("b", 1)]
     assert by_prompt(samples, [1.0, 2.0, 3.0, None, None]) == [[1.0, 3.0], [2.0]]
-
-
-def test_the_mean_is_over_prompts_not_samples() -> None:
-    found = summary("x", [[1, 0], [1], [0, 0, 1]], 500, 0)
-    assert found["x"] == pytest.approx((1 / 2 + 1 + 1 / 3) / 3)
-    assert list(found) == ["x", "x_low", "x_high"]
-    # Resampled means are thirds of sums of these three: the smallest and largest ones are drawn 1 time in 27 each.
-    assert (found["x_low"], found["x_high"]) == (pytest.approx(1 / 3), pytest.approx(1))
-    assert summary("x", [[0.25]], 100, 0) == {"x": 0.25, "x_low": 0.25, "x_high": 0.25}
-    assert summary("x", [], 100, 0) == {}
-
-
-def test_the_interval_is_that_of_the_normal_distribution_for_many_prompts() -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, size=800)
-    found = summary("x", [[value] for value in values], 4000, 1)
-    width = 1.96 * values.std() / math.sqrt(800)
-    assert found["x"] == pytest.approx(values.mean())
-    assert found["x_low"] == pytest.approx(values.mean() - width, abs=0.05 * width)
-    assert found["x_high"] == pytest.approx(values.mean() + width, abs=0.05 * width)
-
-
-@settings(max_examples=30, deadline=None)
-@given(groups=st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=3), min_size=1, max_size=6), times=st.integers(2, 4))
-def test_more_samples_of_the_same_prompts_do_not_narrow_the_interval(groups: list[list[float]], times: int) -> None:
-    once, often = summary("x", groups, 100, 0), summary("x", [group * times for group in groups], 100, 0)
-    assert often == pytest.approx(once, abs=1e-9)
-    assert once["x_low"] <= once["x"] + 1e-9
-    assert once["x_high"] >= once["x"] - 1e-9
 
 
 def test_wins_ties_and_missing_rivals() -> None:

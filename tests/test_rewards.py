@@ -85,12 +85,12 @@ def test_final_answer() -> None:
 
 PREFERENCES = {
     "all right": ("<think>12+3=15;15-9=6</think><answer>6</answer>", 1.0, 0.0, 0.5),
-    "a wrong sum at the end": ("<think>12+3=15;15-9=7</think><answer>7</answer>", 0.5, -0.25, 0.0),
-    "a wrong sum carried on": ("<think>12+3=14;14-9=5</think><answer>5</answer>", 0.0, -0.5, 0.0),
-    "a wrong sum that is made good": ("<think>12+3=14;15-9=6</think><answer>6</answer>", 0.5, -0.25, 0.0),
+    "a wrong sum at the end": ("<think>12+3=15;15-9=7</think><answer>7</answer>", 0.5, 0.0, 0.0),
+    "a wrong sum carried on": ("<think>12+3=14;14-9=5</think><answer>5</answer>", 0.0, 0.0, 0.0),
+    "a wrong sum that is made good": ("<think>12+3=14;15-9=6</think><answer>6</answer>", 0.5, 0.0, 0.0),
     "a step left out": ("<think>12+3=15</think><answer>6</answer>", 0.5, 0.0, 0.0),
     "a superfluous step": ("<think>12+3=15;15-9=6;6+0=6</think><answer>6</answer>", 1.0, -0.25, 0.0),
-    "steps in another order": ("<think>15-9=6;12+3=15</think><answer>6</answer>", 0.0, -0.5, 0.0),
+    "steps in another order": ("<think>15-9=6;12+3=15</think><answer>6</answer>", 0.0, 0.0, 0.0),
     "right steps, wrong answer": ("<think>12+3=15;15-9=6</think><answer>7</answer>", 1.0, 0.0, 0.0),
     "right steps, no answer": ("<think>12+3=15;15-9=6</think>", 1.0, 0.0, 0.0),
     "steps without end": ("<think>12+3=15;15-9=6", 0.0, 0.0, 0.0),
@@ -101,16 +101,23 @@ PREFERENCES = {
 }
 
 
-@pytest.mark.parametrize(("completion", "right", "wrong", "complete"), PREFERENCES.values(), ids=PREFERENCES)
-def test_preference_by_hand(completion: str, right: float, wrong: float, complete: float) -> None:
+@pytest.mark.parametrize(("completion", "right", "superfluous", "complete"), PREFERENCES.values(), ids=PREFERENCES)
+def test_preference_by_hand(completion: str, right: float, superfluous: float, complete: float) -> None:
     (one,) = score("chain_sum", [completion], [{"problem": "12+3-9", "answer": "6"}])
-    assert one == Score(right + wrong + complete, {"right": right, "wrong": wrong, "complete": complete})
+    parts = {"right": right, "superfluous": superfluous, "complete": complete}
+    assert one == Score(right + superfluous + complete, parts)
 
 
 def test_preference_takes_shares_of_the_problem_s_own_steps() -> None:
     problem = "1+1+1+1+1"
+    rows = [{"problem": problem, "answer": "5"}]
     written = [*steps(problem)[:3], "4+1=6"]
-    assert totals("chain_sum", [f"<think>{';'.join(written)}</think>"], [{"problem": problem, "answer": "5"}]) == [0.75 - 0.125]
+    assert totals("chain_sum", [f"<think>{';'.join(written)}</think>"], rows) == [0.75]
+    assert totals("chain_sum", [f"<think>{';'.join([*written, '6+1=7'])}</think>"], rows) == [0.75 - 0.125]
+
+
+def test_length_counts_characters() -> None:
+    assert score("length", ["", "abcd"], [{}, {}], weight=-0.5) == [Score(0.0), Score(-2.0)]
 
 
 def test_a_reward_that_raises_names_the_row() -> None:

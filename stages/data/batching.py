@@ -64,20 +64,25 @@ def target_count(table: TokenTable, indices: Sequence[int] | np.ndarray, loss_on
     return sum(max(0, int(table.lengths[i]) - first_target(table, i, loss_on)) for i in indices)
 
 
-def split_by_length(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+def split_by_length(
+    lengths: Sequence[int], max_tokens: int, packed: bool = False, counts: Sequence[int] | None = None
+) -> list[list[int]]:
     """Cut positions 0..n-1 into micro-batches of similar length, each of at most `max_tokens` tokens, padding counted.
 
-    A single sequence longer than `max_tokens` gets a micro-batch of its own.
+    A position stands for one sequence, or for `counts[i]` of them that stay together and of which `lengths[i]` is the longest.
+    What is larger than `max_tokens` by itself gets a micro-batch of its own.
     """
+    counts = counts or [1] * len(lengths)
     groups: list[list[int]] = []
     used = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        cost = used + lengths[place] if packed else lengths[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
-        if not groups or cost > max_tokens:
+        # Padded, each sequence is as wide as the longest, which is the first; packed, each has its own length.
+        width = lengths[place] if packed or not groups else lengths[groups[-1][0]]
+        if not groups or used + width * counts[place] > max_tokens:
             groups.append([])
-            cost = lengths[place]
+            used, width = 0, lengths[place]
         groups[-1].append(place)
-        used = cost
+        used += width * counts[place]
     return groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class LoadedPolicy:
-    """A causal language model with its tokenizer. `stops` are the tokens that end a completion, the tokenizer's EOS first."""
+class LoadedModel:
+    """A model with its tokenizer. `stops` are the tokens that end a completion, the tokenizer's EOS first."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,12 +41,18 @@ class LoadedPolicy:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
 
+class LoadedPolicy(LoadedModel):
+    """A causal language model."""
+
+
 def load_policy(folder: Path, dtype: Dtype = "float32", seed: int = 0) -> LoadedPolicy:
     """Load a model folder on the CPU, dropout and cache settings as its config says.
 
     `seed` is used for random weights only. Raises InputError for a folder that holds no model.
     """
     model: Any
+    if is_classifier(folder):
+        raise InputError(f"{folder.name}: a reward model (a sequence classifier), where a language model is needed")
     if (folder / INIT_FILE).is_file():
         model, tokenizer = _random(folder / INIT_FILE, seed)
     elif gguf := next(iter(sorted(folder.glob("*.gguf"))), None):
@@ -63,16 +70,28 @@ def load_policy(folder: Path, dtype: Dtype = "float32", seed: int = 0) -> Loaded
 
 
 def save_policy(policy: LoadedPolicy, folder: Path) -> None:
-    """Write a checkpoint that plain transformers loads. The same weights give the same bytes: no paths, no times."""
-    policy.model.config._name_or_path = ""
-    policy.model.config.use_cache = True
+    """Write a checkpoint that `AutoModelForCausalLM` loads."""
     if policy.model.generation_config is not None:
         stops = list(policy.stops)
         policy.model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    save_checkpoint(policy.model, policy.tokenizer, folder)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a checkpoint that plain transformers loads. The same weights give the same bytes: no paths, no times."""
+    model.config._name_or_path = ""
+    model.config.use_cache = True
     for mark in ("is_local", "local_files_only"):  # where the tokenizer came from
-        policy.tokenizer.init_kwargs.pop(mark, None)
-    policy.model.save_pretrained(folder, safe_serialization=True)
-    policy.tokenizer.save_pretrained(folder)
+        tokenizer.init_kwargs.pop(mark, None)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a model's folder says that it holds a sequence classifier: a reward model."""
+    config = folder / "config.json"
+    names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return any(str(name).endswith("ForSequenceClassification") for name in names or ())
 
 
 def _random(path: Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

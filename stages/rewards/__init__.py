@@ -14,7 +14,8 @@ from stages.rewards.base import RewardEntry, Row, Score
 
 REWARDS: dict[str, RewardEntry] = {
     "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=("answer",)),
-    "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=1, columns=("problem", "answer")),
+    "length": RewardEntry("stages.rewards.length:length", version=1),
+    "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=2, columns=("problem", "answer")),
 }
 
 

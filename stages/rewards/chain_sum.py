@@ -13,10 +13,10 @@ THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 def preference(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
-    """Share of right steps, less half the share of wrong or superfluous ones, plus one half when all of it is right.
+    """Share of right steps, plus one half when all of it is right, less half a share for each superfluous step.
 
-    A completion without steps scores 0 whether or not its answer is right: crediting lucky guesses makes a preference that
-    a small reward model cannot learn.
+    A completion without steps scores 0 whether or not its answer is right, and a wrong step no less: crediting lucky guesses,
+    or rating an honest mistake below a guess, makes a preference that a small reward model cannot learn.
     """
     return [_rate(text, row) for text, row in zip(completions, rows, strict=True)]
 
@@ -26,7 +26,11 @@ def _rate(completion: str, row: Row) -> Score:
     thinking = THINK.search(completion)
     written = thinking.group(1).split(";") if thinking and thinking.group(1).strip() else []
     right = sum(a == b for a, b in zip(written, expected, strict=False))
-    wrong = len(written) - right
+    superfluous = max(0, len(written) - len(expected))
     complete = written == expected and final_answer(completion) == str(row["answer"])
-    parts = {"right": right / len(expected), "wrong": -0.5 * wrong / len(expected), "complete": 0.5 * complete}
+    parts = {
+        "right": right / len(expected),
+        "superfluous": -0.5 * superfluous / len(expected),
+        "complete": 0.5 * complete,
+    }
     return Score(sum(parts.values()), parts)

@@ -13,6 +13,7 @@ from stages.rollouts.seeds import sample_seed
 from stages.specs.common import Sampling
 
 Row = dict[str, Any]
+RECORDED = ("step", "sample", "completion", "length", "finish", "policy")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sample:
 
     def record(self, step: int, policy: str) -> Row:
         """The sample as a row of a rollouts dataset."""
-        given = {name: value for name, value in self.row.items() if name not in ("completion", "length", "finish")}
+        given = {name: value for name, value in self.row.items() if name not in RECORDED}
         return given | {
             "step": step,
             "sample": self.sample,

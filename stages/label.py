@@ -1,0 +1,158 @@
+"""Label: preferences from samples, as an annotator would give them who sees the completions of one prompt side by side.
+
+    score s_k of each completion: a reward, a verifier, or a learned reward model
+    what the annotator sees:      o_k = s_k + noise * g_k,    g_k standard Gumbel
+    pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected)
+    rankings:                     by falling o
+
+The difference of two Gumbels is logistic, so P(i over j) = sigmoid((s_i - s_j) / noise): the Bradley-Terry model (rl4llm
+5.1.3); the order of several is Plackett and Luce's. Scores within `tie_within`, and equal texts, are ties: they make no pair,
+and share a rank. A score of None makes none either. Each is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations, groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.artifacts import digest_of
+from stages.data.parquet import RowWriter, read_schema
+from stages.data.schemas import row_id
+from stages.errors import InputError
+from stages.models.reward import SequenceScores, load_reward_model, score_rows
+from stages.rewards import require_columns, score
+from stages.rollouts.sample import RECORDED
+from stages.rollouts.seeds import sample_seed, uniforms
+from stages.run import Run
+from stages.specs.label import LabelConfig
+from stages.training.setup import accelerator_for, count_parameters, set_threads
+
+Row = dict[str, Any]
+Scorer = Callable[[Sequence[Row]], list[float | None]]
+CHUNK = 1024
+
+
+def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | None = None) -> None:
+    """Write `train` and, when a share is held out, `heldout`. Raises InputError before scoring when the reward lacks its
+    column, and when no preference comes of the samples."""
+    scorer = _scorer(config, samples, reward_model)
+    counts: Counter[str] = Counter()
+    make = _pairs if config.form == "pairs" else _ranking
+    train, heldout = RowWriter(run.output("train")), RowWriter(run.output("heldout"))
+    for group in _scored(run.rows(samples), scorer):
+        for row in make(config, group, counts):
+            (heldout if _held_out(config, row) else train).add(row)
+    rows = {"rows_train": train.close(), "rows_heldout": heldout.close()}
+    if not rows["rows_train"]:
+        raise InputError(f"no preference came of the samples ({dict(counts)}): are there two completions a prompt that differ?")
+    run.table("preferences", [{"what": what, "number": count} for what, count in counts.items()])
+    agreement = 1 - counts["turned by noise"] / counts["pairs ordered"]
+    run.log(0, rows | {"ties": counts["ties"], "agreement": agreement})
+
+
+def _held_out(config: LabelConfig, row: Row) -> bool:
+    """By a hash of its own, apart from that of `prepare`, which has split these prompts once already."""
+    return int(digest_of(["label", row["prompt"]])[:12], 16) < config.heldout * 16**12
+
+
+def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
+    reward = config.reward
+    if (reward is None) == (folder is None):
+        raise InputError("label needs either `reward` in its config or a reward model as its input, and not both")
+    if reward is not None:
+        require_columns(reward.name, read_schema(samples).names, "the samples")
+
+        def by_rule(rows: Sequence[Row]) -> list[float | None]:
+            scores = score(reward.name, [row["completion"] for row in rows], rows, **reward.args)
+            return [None if one is None or math.isnan(one.total) else one.total for one in scores]
+
+        return by_rule
+    assert folder is not None
+    learned = load_reward_model(folder, config.dtype)
+    set_threads(config.runtime, count_parameters(learned.model))
+    learned.model.to(accelerator_for(config.runtime).device).eval()  # pyright: ignore[reportArgumentType]
+    module = SequenceScores(learned.model)
+
+    def by_model(rows: Sequence[Row]) -> list[float | None]:
+        raw_B = score_rows(module, learned, rows, learned.context, config.runtime.micro_batch_tokens)
+        return [None if math.isnan(one) else one for one in learned.rewards(raw_B).tolist()]
+
+    return by_model
+
+
+def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[tuple[Row, float | None]]]:
+    """The samples of one prompt after another, with their scores. The samples of a prompt stand side by side."""
+    groups = (list(group) for _, group in groupby(rows, key=lambda row: (row["id"], row.get("step"))))
+    while chunk := list(islice(groups, CHUNK)):
+        flat = [row for group in chunk for row in group]
+        scores = iter(scorer(flat))
+        yield from ([(row, next(scores)) for row in group] for group in chunk)
+
+
+def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
+    """The score with the annotator's noise, from the sample's own seed."""
+    if config.noise == 0:
+        return value
+    # A name apart from the sampler's: the same number must not decide a completion and its label.
+    seed = sample_seed(config.seed, int(row.get("step") or 0), f"label/{row['id']}", int(row.get("sample", number)))
+    uniform = max(float(uniforms(np.array([seed], np.uint64), 1)[0, 0]), 2.0**-54)
+    return value - config.noise * math.log(-math.log(uniform))
+
+
+def _kept(
+    group: Sequence[tuple[Row, float | None]], config: LabelConfig, counts: Counter[str]
+) -> list[tuple[Row, float, float]]:
+    """(row, score, seen) of the samples that have a score."""
+    kept = [(row, value, _seen(config, row, number, value)) for number, (row, value) in enumerate(group) if value is not None]
+    counts["samples without a score"] += len(group) - len(kept)
+    return kept
+
+
+def _pairs(config: LabelConfig, group: Sequence[tuple[Row, float | None]], counts: Counter[str]) -> Iterator[Row]:
+    kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
+    candidates = combinations(kept, 2) if config.pairs == "all" else [(kept[0], kept[-1])] if len(kept) > 1 else []
+    for (chosen, better, seen), (rejected, worse, less) in candidates:
+        if _tied(config, chosen, better, rejected, worse):
+            counts["ties"] += 1
+            continue
+        counts["pairs ordered"] += 1
+        counts["turned by noise"] += better < worse
+        pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
+        yield _row(chosen, pair | {"margin": seen - less}) | {
+            "chosen_score": better,
+            "rejected_score": worse,
+            "chosen_finish": chosen.get("finish"),
+            "rejected_finish": rejected.get("finish"),
+        }
+
+
+def _ranking(config: LabelConfig, group: Sequence[tuple[Row, float | None]], counts: Counter[str]) -> Iterator[Row]:
+    kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
+    ranks: list[int] = []
+    for place, (row, value, _) in enumerate(kept):
+        tied = place > 0 and _tied(config, kept[place - 1][0], kept[place - 1][1], row, value)
+        ranks.append(ranks[-1] if tied else place + 1)
+    ordered = [(kept[a], kept[b]) for a, b in combinations(range(len(kept)), 2) if ranks[a] != ranks[b]]
+    counts["ties"] += len(kept) * (len(kept) - 1) // 2 - len(ordered)
+    counts["pairs ordered"] += len(ordered)
+    counts["turned by noise"] += sum(better[1] < worse[1] for better, worse in ordered)
+    if ordered:
+        ranking = {"prompt": kept[0][0]["prompt"], "completions": [row["completion"] for row, _, _ in kept], "ranks": ranks}
+        finishes = [row.get("finish") for row, _, _ in kept]
+        yield _row(kept[0][0], ranking) | {"scores": [value for _, value, _ in kept], "finishes": finishes}
+
+
+def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) -> bool:
+    return abs(value - less) <= config.tie_within or one["completion"] == other["completion"]
+
+
+def _row(source: Row, preference: Row) -> Row:
+    """A canonical row: the preference, and the columns of the prompt that are not of one sample."""
+    others = {name: value for name, value in source.items() if name not in (*RECORDED, "id", *preference)}
+    return {"id": row_id(preference), **preference, **others}

@@ -1,0 +1,122 @@
+"""Sample: K completions a prompt from any policy.
+
+    for each batch of prompts:
+        each process takes its share of it and draws K completions a prompt
+        the first process gathers them, in the prompts' order
+    every save_every batches: save what was drawn
+
+Each sample has its own seed, derived from (seed, prompt, sample), so what is drawn does not depend on the batch it is drawn
+in. Prompts that fill the context are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from accelerate.utils import gather_object
+
+from stages.data.parquet import count_rows, read_rows, read_schema, write_rows
+from stages.errors import InputError
+from stages.models.load import load_policy
+from stages.rollouts.sample import RECORDED, sample_rows
+from stages.run import Run
+from stages.specs.sample import SampleConfig
+from stages.training.setup import accelerator_for, count_parameters, set_threads
+
+Row = dict[str, Any]
+Types = Mapping[str, pa.DataType]
+
+
+def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> None:
+    """Write `samples`: the rows of `prompts`, each `config.samples` times, with a completion."""
+    accelerator = accelerator_for(config.runtime)
+    model = load_policy(policy, config.dtype)
+    set_threads(config.runtime, count_parameters(model.model))
+    model.model.to(accelerator.device).eval()  # pyright: ignore[reportArgumentType]
+    types = {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED}
+    total = min(count_rows(prompts), config.prompts or count_rows(prompts))
+    size = max(1, config.runtime.generation_batch // config.samples) * accelerator.num_processes
+
+    done, dropped = _resume(run)
+    drawn: list[Row] = []
+    rows = islice(run.rows(prompts), done, total)
+    batches = 0
+    while batch := list(islice(rows, size)):
+        mine = batch[accelerator.process_index :: accelerator.num_processes]
+        samples, unfit = sample_rows(
+            model,
+            mine,
+            config.sampling,
+            seed=config.seed,
+            samples=config.samples,
+            batch_size=config.runtime.generation_batch,
+        )
+        place = {row["id"]: number for number, row in enumerate(batch)}
+        found = gather_object([(place[one.row["id"]], one.record(0, "policy")) for one in samples])
+        if accelerator.is_main_process:
+            drawn += [record for _, record in sorted(found, key=lambda pair: pair[0])]
+        done, dropped, batches = done + len(batch), dropped + sum(gather_object([unfit])), batches + 1
+        run.progress(done, total, f"{done * config.samples} samples")
+        if batches % config.runtime.save_every == 0 and done < total:
+            _save(run, accelerator.wait_for_everyone, done, dropped, drawn, types)
+            drawn = []
+
+    if accelerator.is_main_process:
+        _write(run, drawn, types, dropped)
+    accelerator.wait_for_everyone()
+
+
+def _save(run: Run, barrier: Callable[[], None], done: int, dropped: int, drawn: list[Row], types: Types) -> None:
+    """Keep what was drawn since the last state as one more part beside the earlier ones, which are linked, not copied."""
+    before = run.load_state()
+    with run.new_state(done, barrier) as folder:
+        if run.rank == 0:
+            for part in _parts(before):
+                (folder / part.parent.name).mkdir()
+                os.link(part, folder / part.parent.name / part.name)
+            if drawn:
+                (folder / f"part-{done:010d}").mkdir()
+                write_rows(folder / f"part-{done:010d}", drawn, types=types)
+            (folder / "loop.json").write_text(
+                json.dumps({"done": done, "dropped": dropped, "threads": torch.get_num_threads()})
+            )
+
+
+def _resume(run: Run) -> tuple[int, int]:
+    """How many prompts are done, and how many of them were dropped; the threads are those of the first try."""
+    folder = run.load_state()
+    if folder is None:
+        return 0, 0
+    kept = json.loads((folder / "loop.json").read_text())
+    torch.set_num_threads(kept["threads"])
+    return kept["done"], kept["dropped"]
+
+
+def _parts(state: Path | None) -> list[Path]:
+    return sorted(state.glob("part-*/*.parquet")) if state else []
+
+
+def _write(run: Run, drawn: list[Row], types: Types, dropped: int) -> None:
+    """All parts and what came after them as one dataset, with its numbers."""
+    lengths = truncated = 0
+
+    def records() -> Iterator[Row]:
+        nonlocal lengths, truncated
+        for record in chain(*(read_rows(part) for part in _parts(run.load_state())), drawn):
+            lengths, truncated = lengths + record["length"], truncated + (record["finish"] == "length")
+            yield record
+
+    if not drawn and not _parts(run.load_state()):
+        raise InputError("every prompt fills the model's context: nothing was sampled")
+    count = write_rows(run.output("samples"), records(), types=types)
+    metrics = {"samples": count, "length": lengths / count, "truncated": truncated / count, "prompts_dropped": dropped}
+    run.log(0, metrics)
+    first = list(islice(read_rows(run.folder / "outputs" / "samples"), 4))
+    run.table("samples", [{"prompt": str(row["prompt"])[-60:], "completion": row["completion"][:120]} for row in first])

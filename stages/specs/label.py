@@ -1,0 +1,67 @@
+"""`label`: preferences from samples, given by a reward, a verifier, a learned reward model, or a noisy hidden function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
+from stages.specs.common import Dtype, RewardRef
+
+
+class LabelConfig(Config):
+    """Who prefers, how surely, and in which form it is written down."""
+
+    seed: int = Field(default=0, title="Seed", description="Seed of the labeller's noise; each sample has its own.")
+    reward: RewardRef | None = Field(
+        default=None,
+        title="Reward",
+        description="Whose scores make the preferences; left out when a reward model is given as an input.",
+    )
+    form: Literal["pairs", "rankings"] = Field(
+        default="pairs",
+        title="Form",
+        description="pairs: chosen and rejected, with the margin; rankings: all of a prompt's completions with their ranks.",
+    )
+    pairs: Literal["all", "extremes"] = Field(
+        default="all",
+        title="Which pairs",
+        description="all: every two completions of a prompt; extremes: the best against the worst alone.",
+    )
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        title="Noise",
+        description="Scale of the Gumbel noise on each score: a pair is then ordered as Bradley and Terry say, "
+        "the higher first with probability sigmoid(difference / noise), a ranking as Plackett and Luce say. 0: no noise.",
+    )
+    tie_within: float = Field(
+        default=0.0,
+        ge=0,
+        title="Tie within",
+        description="Scores that differ by no more, before the noise, are tied: no pair is made of them.",
+    )
+    heldout: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        title="Held-out share",
+        description="Share of prompts whose preferences are held out, by a hash of the prompt, so that none changes sides.",
+    )
+    dtype: Dtype = Field(
+        default="float32", title="Weights' type", description="Type a reward model is loaded in; its scores are float32 always."
+    )
+    runtime: Runtime = Field(
+        default_factory=Runtime, title="Runtime", description="Use of the machine; not identity.", json_schema_extra=OPERATIONAL
+    )
+
+
+SPEC = StageSpec(
+    name="label",
+    version=1,
+    config=LabelConfig,
+    inputs={"samples": Port("dataset"), "reward_model": Port("model", required=False)},
+    outputs={"train": "dataset", "heldout": "dataset"},
+    headline=("rows_train", "rows_heldout", "agreement"),
+)
