@@ -142,8 +142,10 @@ def preference_loss(
 
 
 def heldout_metrics(config: RewardModelConfig, held: PreferenceTable, raw_N: np.ndarray) -> dict[str, float]:
-    """Loss (eq. 13, without margins) and pair accuracy, means over rows, with an interval. A pair with equal scores is neither right nor wrong: it is left out
-    of the accuracy and counted in `pair_ties`, a share of all pairs."""
+    """Loss (eq. 13, without margins) and pair accuracy, means over rows, the latter with its interval.
+
+    A pair with equal scores is neither right nor wrong: it is left out of the accuracy; `pair_ties` is their share of pairs.
+    """
     pairs = held.differences(raw_N)
     loss = np.mean([np.logaddexp(0.0, -one).mean() for one in pairs])
     decided = [[float(difference > 0) for difference in one if difference != 0] for one in pairs]

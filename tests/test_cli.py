@@ -39,13 +39,15 @@ def stages(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
 
 
-STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "evaluate-base", "evaluate-sft"]
+STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "samples", "labels", "reward_model"]
+STEPS += ["evaluate-base", "evaluate-sft"]
+AFTER_SFT = {"sft", "samples", "labels", "reward_model", "evaluate-sft"}
 
 
 @pytest.mark.xdist_group("cli")
 def test_first_run_then_second_then_changes(state: Path) -> None:
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json"))
-    assert [stage["action"] for stage in planned.values()] == ["run"] * 7
+    assert [stage["action"] for stage in planned.values()] == ["run"] * len(STEPS)
     first = stages(posttrain(state, "run", RECIPE, "--json"))
     assert list(first) == STEPS
     assert {stage["status"] for stage in first.values()} == {"ran"}
@@ -60,13 +62,13 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
 
     change = ("--set", "sft.optimizer.lr=2e-3")
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", *change))
-    assert {name for name, stage in planned.items() if stage["action"] == "run"} == {"sft", "evaluate-sft"}
+    assert {name for name, stage in planned.items() if stage["action"] == "run"} == AFTER_SFT
     assert planned["sft"]["reason"] == "optimizer.lr: 0.001 -> 0.002"
     third = stages(posttrain(state, "run", RECIPE, "--json", *change))
-    assert {name for name, stage in third.items() if stage["status"] == "ran"} == {"sft", "evaluate-sft"}
+    assert {name for name, stage in third.items() if stage["status"] == "ran"} == AFTER_SFT
 
     again = stages(posttrain(state, "run", RECIPE, "--json", "--from", "sft"))
-    assert {name for name, stage in again.items() if stage["status"] == "ran"} == {"sft", "evaluate-sft"}
+    assert {name for name, stage in again.items() if stage["status"] == "ran"} == AFTER_SFT
     digests = {output: made["digest"] for output, made in first["sft"]["artifacts"].items()}
     assert {output: made["digest"] for output, made in again["sft"]["artifacts"].items()} == digests
 

@@ -56,6 +56,19 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     sft = run("sft", config, model=init_folder, train=data / "train", heldout=data / "heldout")
     found["sft"]["columns"] = pq.read_schema(sft / "generations" / "data.parquet").names
     found["sft"]["files"] = sorted(path.name for path in (sft / "checkpoint").iterdir())
+    drawn = run(
+        "sample", {"samples": 2, "sampling": sampling, "runtime": RUNTIME}, policy=sft / "checkpoint", prompts=data / "train"
+    )
+    found["sample"]["columns"] = pq.read_schema(drawn / "samples" / "data.parquet").names
+    config = {"reward": {"name": "length"}, "noise": 0.01, "heldout": 0.3}
+    labels = run("label", config, samples=drawn / "samples")
+    found["label"]["digests"] = {n: read_manifest(labels / n, "dataset").digest[:16] for n in ("train", "heldout")}
+    config = {"steps": 5, "batch_size": 4, "optimizer": adamw, "bootstrap": 100, "runtime": RUNTIME}
+    paths = {"model": sft / "checkpoint", "train": labels / "train", "heldout": labels / "heldout"}
+    paths |= {"demonstrations": data / "train", "samples": drawn / "samples"}
+    reward = run("reward_model", config, **paths)
+    found["reward_model"]["columns"] = pq.read_schema(reward / "scores" / "data.parquet").names
+    found["reward_model"]["files"] = sorted(path.name for path in (reward / "checkpoint").iterdir())
     config = {"verifier": {"name": "answer"}, "rewards": [{"name": "chain_sum"}], "sampling": sampling, "runtime": RUNTIME}
     paths = {"policy": sft / "checkpoint", "reference": init_folder, "prompts": data / "heldout"}
     evaluated = run("evaluate", config, **paths)

@@ -31,6 +31,10 @@ def test_sft_learns_on_a_fresh_seed(tmp_path: Path, seed: int) -> None:
     print({name: round(metrics["accuracy"], 3) for name, metrics in (("base", base), ("sft", sft))})
     assert sft["accuracy"] >= base["accuracy"] + 0.10
     assert sft["win_rate_low"] > 0.5
+    reward = stages["reward_model"]["metrics"]
+    print({name: round(reward[name], 3) for name in ("pair_accuracy", "pair_accuracy_low", "pair_accuracy_high")})
+    assert reward["pair_accuracy"] >= 0.75
+    assert reward["calibration_error"] < 0.15
     assert stages["sft"]["metrics"]["heldout_loss"] < stages["sft"]["metrics"]["heldout_loss_before"]
 
     again = quickstart(tmp_path, seed)

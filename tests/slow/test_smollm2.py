@@ -43,20 +43,53 @@ def test_it_answers(smollm2: Path) -> None:
     assert policy.pad_id not in policy.stops
 
 
-def test_sft_on_gsm8k_lowers_the_heldout_loss(smollm2: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
+def prepared(tmp_path: Path, file: str, config: dict[str, Any]) -> Path:
+    """The outputs of `prepare` on a file of real rows."""
     source = tmp_path / "source"
     source.mkdir()
-    shutil.copyfile(ROOT / "tests" / "data" / "gsm8k.jsonl", source / "gsm8k.jsonl")
-    config: dict[str, Any] = {"columns": {"prompt": "question", "completion": "answer"}, "chat": True, "heldout": 0.3}
+    shutil.copyfile(ROOT / "tests" / "data" / file, source / file)
     run_stage(request_for("prepare", tmp_path / "prepare", config, source=source))
-    data = tmp_path / "prepare" / "outputs"
+    return tmp_path / "prepare" / "outputs"
+
+
+def measured(stage: str, folder: Path, config: dict[str, Any], **inputs: Path) -> dict[str, float]:
+    """Run a stage; the last value of each of its metrics."""
+    events: list[dict[str, Any]] = []
+    run_stage(request_for(stage, folder, config, **inputs), events.append)
+    return {name: value for event in events if event["event"] == "metrics" for name, value in event["metrics"].items()}
+
+
+def test_a_reward_model_learns_hh_rlhf(smollm2: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    config = {"heldout": 0.2, "unusable": "drop", "filters": {"max_prompt_chars": 400, "max_completion_chars": 400}}
+    data = prepared(tmp_path, "hh-rlhf.jsonl", config)
+    config = {"steps": 6, "batch_size": 4, "max_length": 256, "optimizer": {"lr": 5e-5, "warmup": 0.0, "schedule": "constant"}}
+    config |= {"bootstrap": 200, "runtime": {"device": "cpu", "micro_batch_tokens": 1024}}
+    inputs = {"model": smollm2, "train": data / "train", "heldout": data / "heldout"}
+    metrics = measured("reward_model", tmp_path / "reward", config, **inputs)
+    print(metrics)
+    assert 0 <= metrics["pair_accuracy_low"] <= metrics["pair_accuracy"] <= metrics["pair_accuracy_high"] <= 1
+    assert metrics["loss"] < 0.6931
+
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], padding_side='right')\n"
+        "batch = tokenizer(['one', 'one and two more'], return_tensors='pt', padding=True)\n"
+        "alone = tokenizer(['one'], return_tensors='pt')\n"
+        "assert torch.allclose(model(**batch).logits[:1], model(**alone).logits, atol=1e-3)\n"
+    )
+    checkpoint = str(tmp_path / "reward" / "outputs" / "checkpoint")
+    subprocess.run([sys.executable, "-c", code, checkpoint], check=True)
+
+
+def test_sft_on_gsm8k_lowers_the_heldout_loss(smollm2: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    config: dict[str, Any] = {"columns": {"prompt": "question", "completion": "answer"}, "chat": True, "heldout": 0.3}
+    data = prepared(tmp_path, "gsm8k.jsonl", config)
     config = {"steps": 4, "batch_size": 4, "max_length": 512, "optimizer": {"lr": 5e-5, "warmup": 0.0}, "generations": 2}
     config |= {"sampling": {"max_new_tokens": 16}, "runtime": {"device": "cpu", "micro_batch_tokens": 1024}}
-    events: list[dict[str, Any]] = []
-    request = request_for("sft", tmp_path / "sft", config, model=smollm2, train=data / "train", heldout=data / "heldout")
-    run_stage(request, events.append)
-    metrics = {name: value for event in events if event["event"] == "metrics" for name, value in event["metrics"].items()}
+    metrics = measured("sft", tmp_path / "sft", config, model=smollm2, train=data / "train", heldout=data / "heldout")
     assert metrics["heldout_loss"] < metrics["heldout_loss_before"]
 
     code = (
