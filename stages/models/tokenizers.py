@@ -48,8 +48,9 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     embeddings: Any = model.get_input_embeddings()
     embeddings.padding_idx = None
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # A classifier has none.
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 @torch.no_grad()
