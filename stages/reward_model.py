@@ -75,9 +75,10 @@ def reward_model(
     order = RowOrder(len(table), config.seed)
     check_scores(reward, config.runtime.packed)
     module = SequenceScores(reward.model).train()
-    optimizer, scheduler = make_optimizer(config.optimizer, module.parameters(), steps)
+    optimizer, scheduler = make_optimizer([(config.optimizer, module.parameters())], steps)
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
+    clip = {"grad_norm": (list(module.parameters()), config.optimizer.max_grad_norm)}
 
     resumed = state.load(run, accelerator)
     start = resumed["step"] if resumed else 0
@@ -95,7 +96,7 @@ def reward_model(
             scheduler,
             _micro_batches(config, accelerator, reward, table, rows),
             lambda batch: preference_loss(config, table, module(batch), batch.indices, size),
-            config.optimizer.max_grad_norm,
+            clip,
             lambda step=step, rows=rows: f"step {step + 1}, rows {sorted(table.rows_G[rows].tolist())} of train",
         )
         done = step + 1

@@ -55,9 +55,10 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
     order = RowOrder(len(table), config.seed, config.shuffle)
     check_log_probs(policy.model, config.runtime.packed)
     module = TokenLogProbs(policy.model).train()
-    optimizer, scheduler = make_optimizer(config.optimizer, module.parameters(), steps)
+    optimizer, scheduler = make_optimizer([(config.optimizer, module.parameters())], steps)
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
+    clip = {"grad_norm": (list(module.parameters()), config.optimizer.max_grad_norm)}
 
     resumed = state.load(run, accelerator)
     start = resumed["step"] if resumed else 0
@@ -76,7 +77,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
             scheduler,
             _micro_batches(config, accelerator, policy, table, indices),
             lambda batch, total=total: nll_loss(module(batch), batch.target_BT, total),
-            config.optimizer.max_grad_norm,
+            clip,
             lambda step=step, indices=indices: f"step {step + 1}, rows {sorted(table.rows[indices].tolist())} of train",
         )
         done = step + 1

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.data.batching import TokenBatch, pack, pad
 from stages.errors import InputError
+from stages.objectives.policy import entropy_BT
 
 # Float32 logits of one chunk: 256 MiB.
 CHUNK_ELEMENTS = 2**26
@@ -31,6 +32,10 @@ class TokenLogProbs(nn.Module):
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
         """logp_BT: float32, log pi(token t | tokens before t) at the targets, 0 elsewhere; a sequence's start is never one."""
+        return self.with_entropy(batch, temperature, entropy=False)[0]
+
+    def with_entropy(self, batch: TokenBatch, temperature: float, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """logp_BT, and entropy_BT: that of the distribution from which each target is drawn; zeros when not asked for."""
         hidden_BTH = self.model.base_model(
             input_ids=batch.ids_BT,
             attention_mask=batch.attention_BT,
@@ -39,27 +44,32 @@ class TokenLogProbs(nn.Module):
         ).last_hidden_state
         where = batch.target_BT[:, 1:].bool()
         hidden_NH, ids_N = hidden_BTH[:, :-1][where], batch.ids_BT[:, 1:][where]
-        logp_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=ids_N.device)
+        found_2BT = torch.zeros((2, *batch.ids_BT.shape), dtype=torch.float32, device=ids_N.device)
         if ids_N.numel() == 0:
             # Zeros that still reach every parameter: DDP waits for the gradient of each, the head's too.
-            return logp_BT + 0.0 * self._head(hidden_BTH[:, 0], batch.ids_BT[:, 0], temperature).sum()
+            found_2BT = found_2BT + 0.0 * self._head(hidden_BTH[:, 0], batch.ids_BT[:, 0], temperature, entropy).sum()
+            return found_2BT[0], found_2BT[1]
         chunk = max(1, CHUNK_ELEMENTS // self.model.config.get_text_config().vocab_size)
         parts = list(zip(hidden_NH.split(chunk), ids_N.split(chunk), strict=True))
         recompute = len(parts) > 1 and torch.is_grad_enabled()
-        logp_N = torch.cat(
+        found_2N = torch.cat(
             [
-                checkpoint(self._head, hidden, ids, temperature, use_reentrant=False)
+                checkpoint(self._head, hidden, ids, temperature, entropy, use_reentrant=False)
                 if recompute
-                else self._head(hidden, ids, temperature)
+                else self._head(hidden, ids, temperature, entropy)
                 for hidden, ids in parts
-            ]  # pyright: ignore[reportArgumentType]
+            ],  # pyright: ignore[reportArgumentType]
+            dim=1,
         )
-        logp_BT[:, 1:] = logp_BT[:, 1:].masked_scatter(where, logp_N)
-        return logp_BT
+        found_2BT[:, :, 1:] = found_2BT[:, :, 1:].masked_scatter(where, found_2N)
+        return found_2BT[0], found_2BT[1]
 
-    def _head(self, hidden_NH: torch.Tensor, ids_N: torch.Tensor, temperature: float) -> torch.Tensor:
+    def _head(self, hidden_NH: torch.Tensor, ids_N: torch.Tensor, temperature: float, entropy: bool) -> torch.Tensor:
+        """Log-probs and entropies, stacked."""
         logits_NV = head_logits(self.model, hidden_NH)
-        return -F.cross_entropy(logits_NV / temperature if temperature != 1.0 else logits_NV, ids_N, reduction="none")
+        logits_NV = logits_NV / temperature if temperature != 1.0 else logits_NV
+        logp_N = -F.cross_entropy(logits_NV, ids_N, reduction="none")
+        return torch.stack([logp_N, entropy_BT(logits_NV) if entropy else torch.zeros_like(logp_N)])
 
 
 def head_logits(model: PreTrainedModel, hidden_NH: torch.Tensor) -> torch.Tensor:

@@ -47,12 +47,19 @@ def sample_rows(
     seed: int,
     step: int = 0,
     samples: int = 1,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 256,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Sample], int]:
-    """`samples` completions of each row, in order of rows, and the number of rows whose prompt fills the context."""
-    encoded = [(row, encode_prompt(policy.tokenizer, row["prompt"])) for row in rows]
-    wanted = [(row, ids, k) for row, ids in encoded if 0 < len(ids) < policy.context for k in range(samples)]
+    """`samples` completions of each row, in order of rows, and the number of rows whose prompt fills the context.
+
+    A row's samples are numbered from 0, or from its number in `numbers`: a row that comes twice is to be sampled anew.
+    """
+    encoded = [
+        (row, encode_prompt(policy.tokenizer, row["prompt"]), n)
+        for row, n in zip(rows, numbers or [0] * len(rows), strict=True)
+    ]
+    wanted = [(row, ids, first + k) for row, ids, first in encoded if 0 < len(ids) < policy.context for k in range(samples)]
     seeds = [sample_seed(seed, step, row["id"], k) for row, _, k in wanted]
     was_training = policy.model.training
     policy.model.eval()

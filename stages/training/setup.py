@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,16 +52,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def make_optimizer(
-    config: Optimizer, parameters: Iterable[nn.Parameter], steps: int
+    parts: Sequence[tuple[Optimizer, Iterable[nn.Parameter]]], steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW, with weight decay on matrices alone, and its schedule over `steps` optimizer steps."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps))
+    """One AdamW over parts of a module, each with settings of its own, and its schedule over `steps` optimizer steps.
+
+    Weight decay is on matrices alone.
+    """
+    groups: list[dict[str, Any]] = []
+    schedules: list[Callable[[int], float]] = []
+    for config, parameters in parts:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        shared = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        groups.append(shared | {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay})
+        groups.append(shared | {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0})
+        schedules += [lambda step, config=config: rate(config, step, steps)] * 2
+    optimizer = torch.optim.AdamW(groups)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
 
 
 def rate(config: Optimizer, step: int, steps: int) -> float:

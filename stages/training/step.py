@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +15,8 @@ from stages.data.batching import TokenBatch
 from stages.errors import InputError
 
 Loss = Callable[[TokenBatch], torch.Tensor]
+# For each metric's name: the parameters whose gradients are clipped together, and to which norm.
+Clip = Mapping[str, tuple[Sequence[nn.Parameter], float]]
 
 
 def optimization_step(
@@ -24,10 +26,10 @@ def optimization_step(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     batches: Sequence[TokenBatch],
     loss: Loss,
-    max_grad_norm: float,
+    clip: Clip,
     describe: Callable[[], str],
 ) -> dict[str, float]:
-    """Accumulate `loss` over this rank's micro-batches, clip, step. Returns the global loss and the gradient norm.
+    """Accumulate `loss` over this rank's micro-batches, clip, step. Returns the global loss and the gradient norms.
 
     `loss(batch)` must already be divided by the step's global count. DDP averages gradients over ranks, which the factor
     `num_processes` undoes, so the gradient is that of one process on the whole batch (contract 8).
@@ -42,12 +44,12 @@ def optimization_step(
             value = loss(batch.to(accelerator.device))
             accelerator.backward(value * accelerator.num_processes)
         total += value.detach().double()
-    norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
+    norms = {name: accelerator.clip_grad_norm_(parameters, limit) for name, (parameters, limit) in clip.items()}
     total = accelerator.reduce(total, reduction="sum")
-    metrics = {"loss": float(total), "grad_norm": float(norm)}  # pyright: ignore[reportArgumentType]
+    metrics = {"loss": float(total)} | {name: float(norm) for name, norm in norms.items()}  # pyright: ignore[reportArgumentType]
     if not all(math.isfinite(value) for value in metrics.values()):
         raise InputError(
-            f"{describe()}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; "
+            f"{describe()}: {', '.join(f'{name} is {value}' for name, value in metrics.items())}; "
             "the weights were not changed. Look at these rows, lower the learning rate, or train in float32"
         )
     optimizer.step()

@@ -1,0 +1,108 @@
+"""Completions in hand, with what is known of each of their tokens.
+
+Per-token numbers are kept end to end for all completions (N tokens, prompts left out) and laid out again for any batch, so
+that no padding is stored and any order, size or packing of batches reads the same numbers.
+
+Legend: B completions, N all their tokens, T tokens of a batch's row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.data.batching import TokenBatch, pack, pad, split_by_length
+from stages.rollouts.engine import Completion
+from stages.rollouts.sample import Row, Sample
+
+
+class Rollouts:
+    """Samples; `tokens`: float32 tensors of N numbers by name; `each`: float64 tensors of B numbers by name."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = list(samples)
+        self.lengths_B = np.array([len(sample.completion.ids) for sample in self.samples])
+        self.starts_B = np.cumsum([0, *self.lengths_B])
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.each: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def truncated_B(self) -> np.ndarray:  # noqa: N802 - named by its shape
+        """Which completions were cut off before an end of sequence."""
+        return np.array([sample.completion.finish == "length" for sample in self.samples])
+
+    def ids(self, index: int) -> np.ndarray:
+        """Prompt and completion."""
+        sample = self.samples[index]
+        return np.array([*sample.prompt_ids, *sample.completion.ids], dtype=np.int64)
+
+    def batches(self, indices: Sequence[int] | np.ndarray, max_tokens: int, packed: bool, pad_id: int) -> list[TokenBatch]:
+        """Micro-batches of some completions; the targets are the completions' tokens."""
+        chosen = [int(index) for index in indices]
+        sequences = {index: self.ids(index) for index in chosen}
+        build = pack if packed else pad
+        result = []
+        for group in split_by_length([len(sequences[index]) for index in chosen], max_tokens, packed):
+            members = [chosen[place] for place in group]
+            firsts = [len(self.samples[index].prompt_ids) for index in members]
+            result.append(build([sequences[index] for index in members], firsts, pad_id, tuple(members)))
+        return result
+
+    def places(self, indices: Sequence[int]) -> torch.Tensor:
+        """Where the tokens of some completions are among the N, in the order of these completions."""
+        ranges = [np.arange(self.starts_B[index], self.starts_B[index + 1]) for index in indices]
+        return torch.from_numpy(np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64))
+
+    def lay_out(self, name: str, batch: TokenBatch) -> torch.Tensor:
+        """values_BT in a batch's layout, on its device, 0 outside its targets."""
+        values_N = self.tokens[name][self.places(batch.indices)].to(batch.ids_BT.device)
+        return torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device).masked_scatter(batch.target_BT.bool(), values_N)
+
+    def take(self, values_N: torch.Tensor, batch: TokenBatch, values_BT: torch.Tensor) -> None:
+        """Put a batch's numbers at its targets into `values_N`."""
+        values_N[self.places(batch.indices)] = values_BT[batch.target_BT.bool()].float().cpu()
+
+    @property
+    def mask_BT(self) -> torch.Tensor:  # noqa: N802 - named by its shape
+        """1 on tokens when completions are right-padded without their prompts."""
+        return (torch.arange(int(self.lengths_B.max()))[None] < torch.from_numpy(self.lengths_B)[:, None]).long()
+
+    def padded(self, name: str) -> torch.Tensor:
+        """values_BT of all completions, right-padded, without their prompts."""
+        mask_BT = self.mask_BT
+        return torch.zeros(mask_BT.shape).masked_scatter(mask_BT.bool(), self.tokens[name])
+
+    def keep(self, name: str, values_BT: torch.Tensor) -> None:
+        """Keep right-padded numbers of all completions under a name."""
+        self.tokens[name] = values_BT[self.mask_BT.bool()].float()
+
+    def sums_B(self, values_N: torch.Tensor) -> np.ndarray:  # noqa: N802 - named by its shape
+        """The sum over each completion's tokens, float64."""
+        return np.add.reduceat(values_N.double().numpy(), self.starts_B[:-1])
+
+    def save(self, folder: Path) -> None:
+        """Write all but the prompts' rows into a state's folder."""
+        kept = [asdict(sample) | {"row": sample.row["id"]} for sample in self.samples]
+        (folder / "rollouts.json").write_text(json.dumps(kept))
+        torch.save({"tokens": self.tokens, "each": self.each}, folder / "rollouts.pt")
+
+    @classmethod
+    def load(cls, folder: Path, rows: Mapping[str, Row]) -> Rollouts | None:
+        """The completions that a state was saved with, if any; `rows` are the prompts' rows by id."""
+        if not (folder / "rollouts.json").is_file():
+            return None
+        kept = json.loads((folder / "rollouts.json").read_text())
+        rollouts = cls(
+            [Sample(**one | {"row": rows[one["row"]], "completion": Completion(**one["completion"])}) for one in kept]
+        )
+        numbers = torch.load(folder / "rollouts.pt", weights_only=True)
+        rollouts.tokens, rollouts.each = numbers["tokens"], numbers["each"]
+        return rollouts
