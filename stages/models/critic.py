@@ -15,12 +15,7 @@ from torch import nn
 from stages.data.batching import TokenBatch
 from stages.models.load import LoadedPolicy
 from stages.models.logprobs import TokenLogProbs
-from stages.models.reward import RewardModel, load_reward_model, new_reward_model
-
-
-def critic_from_reward(folder: Path) -> RewardModel:
-    """A critic that starts as a reward model, or as an earlier critic, in `folder`."""
-    return load_reward_model(folder)
+from stages.models.reward import RewardModel, new_reward_model
 
 
 def critic_from_policy(folder: Path) -> RewardModel:

@@ -69,6 +69,16 @@ def load_policy(folder: Path, dtype: Dtype = "float32", seed: int = 0) -> Loaded
     return LoadedPolicy(model, tokenizer, tuple(stop_ids(tokenizer, generation_eos)))
 
 
+def require_same_tokens(policy: LoadedModel, **others: LoadedModel) -> None:
+    """Raise InputError, naming it, for a model that reads other tokens than the policy writes."""
+    for name, other in others.items():
+        if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise InputError(
+                f"the {name}'s tokenizer differs from the policy's, so it would read other tokens than were sampled; "
+                f"train the {name} from a model of the policy's family"
+            )
+
+
 def save_policy(policy: LoadedPolicy, folder: Path) -> None:
     """Write a checkpoint that `AutoModelForCausalLM` loads."""
     if policy.model.generation_config is not None:

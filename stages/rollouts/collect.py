@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,35 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stages.data.batching import TokenBatch
-from stages.models.load import LoadedPolicy
+from stages.data.chat import encode_prompt
+from stages.errors import InputError
+from stages.models.load import LoadedModel, LoadedPolicy
 from stages.models.reward import RewardModel, SequenceScores, raw_scores
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.sample import Row, sample_rows
+from stages.run import Run
 from stages.specs.base import Runtime
 from stages.specs.common import Sampling
 
 Measure = Callable[[TokenBatch], Sequence[torch.Tensor]]
+
+
+def usable_prompts(run: Run, prompts: Path, policy: LoadedModel, others: Sequence[LoadedModel], new_tokens: int) -> list[Row]:
+    """The prompts' rows, but for those that fill the policy's context, or whose longest completion that of another model.
+
+    Raises InputError when none is left.
+    """
+    rows, dropped, limit = [], 0, min(other.context for other in others)
+    for row in run.rows(prompts):
+        length = len(encode_prompt(policy.tokenizer, row["prompt"]))
+        if 0 < length < policy.context and min(policy.context, length + new_tokens) <= limit:
+            rows.append(row)
+        else:
+            dropped += 1
+    if not rows:
+        raise InputError(f"all {dropped} prompts fill the context; shorten them, or lower sampling.max_new_tokens")
+    run.table("prompts", [{"what": "used", "rows": len(rows)}, {"what": "dropped: fills the context", "rows": dropped}])
+    return rows
 
 
 def collect(
@@ -70,10 +92,11 @@ def measure(
 ) -> None:
     """Keep, under `names`, the numbers that `function` gives for each token. `batches` are this process's share."""
     found = torch.zeros((len(names), int(rollouts.lengths_B.sum())))
-    for batch in batches:
-        batch = batch.to(accelerator.device)
-        for values_N, values_BT in zip(found, function(batch), strict=True):
-            rollouts.take(values_N, batch, values_BT)
+    with accelerator.autocast():
+        for batch in batches:
+            batch = batch.to(accelerator.device)
+            for values_N, values_BT in zip(found, function(batch), strict=True):
+                rollouts.take(values_N, batch, values_BT)
     for name, values_N in zip(names, _sum(accelerator, found), strict=True):
         rollouts.tokens[name] = values_N
 
