@@ -1,9 +1,10 @@
-"""Classic RLHF: a base model through supervised fine-tuning and a reward model, measured on held-out prompts.
+"""Classic RLHF: a base model through supervised fine-tuning, a reward model and PPO, measured on held-out prompts.
 
 corpus -> base                                  only when the recipe makes its own base model
 demonstrations -> sft
 prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
-prompts -> evaluate-base, evaluate-sft
+sft, reward_model, prompts -> ppo
+prompts -> evaluate-base, evaluate-sft, evaluate-ppo
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flows.runner import run_pipeline
 from stages.artifacts import Kind
 from stages.specs.evaluate import EvaluateConfig
 from stages.specs.label import LabelConfig
+from stages.specs.ppo import PpoConfig
 from stages.specs.prepare import PrepareConfig
 from stages.specs.reward_model import RewardModelConfig
 from stages.specs.sample import SampleConfig
@@ -56,6 +58,7 @@ class RlhfRecipe(Recipe):
         default=None, title="preferences", description="Prepares the input of this name; left out with samples and labels."
     )
     reward_model: RewardModelConfig = Field(title="reward_model", description="Learns a reward from the preferences.")
+    ppo: PpoConfig = Field(title="ppo", description="Optimises the SFT model on the prompts by the learned reward.")
     evaluate: EvaluateConfig = Field(title="evaluate", description="How every model is measured.")
 
 
@@ -82,7 +85,7 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         preferences = pipeline.step(
             "preferences", "prepare", given, source=pipeline.input("preferences"), exclude=prompts["heldout"]
         )
-    pipeline.step(
+    reward = pipeline.step(
         "reward_model",
         "reward_model",
         recipe.reward_model,
@@ -91,11 +94,15 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         heldout=preferences["heldout"],
         demonstrations=demonstrations["train"],
         samples=samples,
-    )
+    )["checkpoint"]
+    ppo = pipeline.step("ppo", "ppo", recipe.ppo, policy=sft, reward=reward, prompts=prompts["train"], reference=sft)[
+        "checkpoint"
+    ]
 
     heldout = prompts["heldout"]
     pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, prompts=heldout)
     pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, prompts=heldout, reference=base, opponent=base)
+    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, prompts=heldout, reference=sft, opponent=sft)
 
 
 @flow(name="rlhf", flow_run_name="{recipe.name}", persist_result=False)

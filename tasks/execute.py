@@ -23,6 +23,7 @@ from tasks.home import configure_environment
 from tasks.launch import launch
 from tasks.lease import lease
 from tasks.plan import StepCall, examine, has_progress, unfinished_run
+from tasks.plots import reward_against_kl
 from tasks.record import Recorder
 from tasks.store import Store
 
@@ -42,6 +43,7 @@ class StepResult(BaseModel):
     run_id: str
     metrics: dict[str, float]
     artifacts: dict[str, Handle]
+    plot: str | None = None
 
 
 @task(task_run_name="{call.name}", persist_result=False)
@@ -61,6 +63,10 @@ def execute(call: StepCall) -> StepResult:
         published, damage = store.find(key)
     if published is None:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
+    plot = None
+    if {"reward", "kl"} <= published.metrics.keys() and "checkpoint" in published.outputs:
+        named = f"{call.recipe}-{call.name}-{published.outputs['checkpoint'].version}"
+        plot = reward_against_kl(store, published.run_id, named, root / "plots" / f"{named}.png")
     seconds = round(time.monotonic() - started, 2)
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
     _say(f"{call.name}: {status} in {seconds:.1f} s ({plan.reason}) -> {', '.join(map(str, published.outputs.values()))}")
@@ -73,6 +79,7 @@ def execute(call: StepCall) -> StepResult:
         run_id=published.run_id,
         metrics=published.metrics,
         artifacts=published.outputs,
+        plot=None if plot is None else str(plot),
     )
 
 

@@ -49,9 +49,8 @@ class StepCall(BaseModel):
         return not self.recompute or (self.pipeline != "" and pipeline == self.pipeline)
 
     def registered_name(self, output: str) -> str:
-        """`RECIPE-STEP` for a model, `RECIPE-STEP-OUTPUT` for a dataset: both live in one registry."""
-        kind = self.spec().outputs[output]
-        return f"{self.recipe}-{self.name}" if kind == "model" else f"{self.recipe}-{self.name}-{output}"
+        """`RECIPE-STEP` for a step's checkpoint, `RECIPE-STEP-OUTPUT` for all else: both live in one registry."""
+        return f"{self.recipe}-{self.name}" if output == "checkpoint" else f"{self.recipe}-{self.name}-{output}"
 
 
 class Plan(BaseModel):

@@ -24,6 +24,9 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
         artifacts = "\n".join(str(made) for made in result.artifacts.values())
         table.add_row(result.name, result.status, f"{result.seconds:.1f}", numbers, artifacts)
     _print(console, table)
+    for result in results:
+        if result.plot is not None:
+            console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True)
 
 
 def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Plan]]) -> None:

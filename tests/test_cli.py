@@ -39,9 +39,9 @@ def stages(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
 
 
-STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "samples", "labels", "reward_model"]
-STEPS += ["evaluate-base", "evaluate-sft"]
-AFTER_SFT = {"sft", "samples", "labels", "reward_model", "evaluate-sft"}
+STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "samples", "labels", "reward_model", "ppo"]
+STEPS += ["evaluate-base", "evaluate-sft", "evaluate-ppo"]
+AFTER_SFT = {"sft", "samples", "labels", "reward_model", "ppo", "evaluate-sft", "evaluate-ppo"}
 
 
 @pytest.mark.xdist_group("cli")

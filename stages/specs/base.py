@@ -96,3 +96,12 @@ class Runtime(Config):
     generation_batch: int = Field(default=256, ge=1, title="Generation batch", description="Sequences generated side by side.")
     save_every: int = Field(default=200, ge=1, title="Save every", description="Steps between resume states.")
     log_every: int = Field(default=10, ge=1, title="Log every", description="Steps between logged metrics.")
+
+
+class RolloutRuntime(Runtime):
+    """For stages that sample: their steps are long, and few."""
+
+    save_every: int = Field(
+        default=10, ge=1, title="Save every", description="Steps, or batches of prompts, between resume states."
+    )
+    log_every: int = Field(default=1, ge=1, title="Log every", description="Steps between logged metrics.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
+from stages.specs.base import OPERATIONAL, Config, Port, RolloutRuntime, StageSpec
 from stages.specs.common import Dtype, Sampling
 
 
@@ -20,10 +20,10 @@ class SampleConfig(Config):
     dtype: Dtype = Field(
         default="float32", title="Weights' type", description="Type the policy is loaded in; log-probs are float32 always."
     )
-    runtime: Runtime = Field(
-        default_factory=lambda: Runtime(save_every=10),
+    runtime: RolloutRuntime = Field(
+        default_factory=RolloutRuntime,
         title="Runtime",
-        description="Use of the machine; not identity. A step of save_every is one generation batch a process.",
+        description="Use of the machine; not identity.",
         json_schema_extra=OPERATIONAL,
     )
 
