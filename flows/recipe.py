@@ -70,19 +70,40 @@ def config_type(annotation: Any) -> type[BaseModel] | None:
 
 def read_recipe(path: Path, settings: Sequence[str] = (), seed: int | None = None) -> dict[str, Any]:
     """A recipe's mapping with `--set` and `--seed` applied, not validated yet. Raises InputError when it is no recipe."""
-    if not path.is_file():
-        others = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such recipe{near(str(path), others)}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("flow"), str):
+    values = _read_mapping(path, ())
+    if not isinstance(values.get("flow"), str):
         raise InputError(f"{path}: a recipe is a mapping with a key `flow`")
     values.setdefault("name", path.stem)
     for setting in settings:
         apply(values, setting)
     return values if seed is None else values | {"seed": seed}
+
+
+def _read_mapping(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file's mapping, laid over that of the file that it `extends`, if any (a path relative to it)."""
+    if not path.is_file():
+        others = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such recipe{near(str(path), others)}")
+    if path.resolve() in seen:
+        raise InputError(f"{path}: extends itself, by way of {', '.join(other.name for other in seen)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping with a key `flow`")
+    below = values.pop("extends", None)
+    if below is None:
+        return values
+    return _laid_over(_read_mapping(path.parent / str(below), (*seen, path.resolve())) | {"name": path.stem}, values)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _laid_over(merged[name], value) if both else value
+    return merged
 
 
 def apply(values: dict[str, Any], setting: str) -> None:

@@ -89,3 +89,28 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         read_recipe(TINY, ["sft.epochs"])
     with pytest.raises(InputError, match="seed is a value"):
         read_recipe(TINY, ["seed.x=1"])
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("flow: rlhf\nname: below\nseed: 4\nsft: {epochs: 2, optimizer: {lr: 1, eps: 2}}\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "above.yaml").write_text(
+        "extends: ../below.yaml\nsft: {optimizer: {lr: 3}, steps: 5}\nppo: {steps: 1}\n"
+    )
+    found = read_recipe(tmp_path / "more" / "above.yaml", ["sft.epochs=9"])
+    assert found == {
+        "flow": "rlhf",
+        "name": "above",
+        "seed": 4,
+        "sft": {"epochs": 9, "optimizer": {"lr": 3, "eps": 2}, "steps": 5},
+        "ppo": {"steps": 1},
+    }
+
+
+def test_extending_nothing_or_oneself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("extends: two.yaml\n")
+    with pytest.raises(InputError, match="two.yaml: no such recipe; did you mean"):
+        read_recipe(tmp_path / "one.yaml")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
+    with pytest.raises(InputError, match="extends itself, by way of one.yaml, two.yaml"):
+        read_recipe(tmp_path / "one.yaml")
