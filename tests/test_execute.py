@@ -8,19 +8,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import INIT, ROOT
+from rich.console import Console
 
 from stages.artifacts import Dataset, Model
+from stages.data.parquet import write_rows
 from stages.errors import InputError
+from stages.request import Request
+from stages.run import Event, Run
+from stages.specs import STAGES
 from tasks.execute import execute, headline
 from tasks.home import configure_environment
 from tasks.launch import Launch
 from tasks.plan import StepCall, examine
 from tasks.references import resolve
+from tasks.report import print_results
 from tasks.store import Store
 
 SFT: dict[str, Any] = {
@@ -183,6 +191,57 @@ def test_two_processes_compute_a_key_once(store: Store) -> None:
     said = sorted(child.communicate(timeout=120)[0].split()[-1] for child in children)
     assert said == ["ran", "skipped"]
     assert len(store.client.search_model_versions("name = 'r-sft'")) == 1
+
+
+def stand_in(request: Request, _: Launch, listener: Callable[[Event], None]) -> None:
+    """A stage's process that leaves what PPO leaves, at once. With the seed 1 it measured no KL."""
+    run = Run(request.folder, STAGES[request.stage].outputs, request.key, listener)
+    for step in (1, 2, 3):
+        run.log(step, {"reward": step / 2} | ({} if request.config["seed"] == 1 else {"kl": 0.1 * step}))
+    for model in ("checkpoint", "critic"):
+        (run.output(model) / "model.safetensors").write_text(model)
+    write_rows(run.output("rollouts"), [{"id": "a", "prompt": "p", "step": 0}])
+    run.done()
+
+
+def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = execute.fn(prepare_call(store))
+    assert prepared.plot is None
+    model = resolve(store, f"init:{INIT}", "model")
+    inputs: dict[str, Dataset | Model] = {"policy": model, "reward": model, "prompts": prepared.artifacts["train"]}
+    call = StepCall(recipe="r", name="rl", stage="ppo", config={}, inputs=inputs, pipeline="")
+    monkeypatch.setattr("tasks.execute.launch", stand_in)
+    first = execute.fn(call)
+    plots = store.root / "plots"
+    plot = plots / "r-rl-1.png"
+    assert first.plot == str(plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [file.path for file in store.client.list_artifacts(first.run_id, "plots")] == ["plots/r-rl-1.png"]
+    # Several models of one step have names of their own.
+    assert {made.name for made in first.artifacts.values()} == {"r-rl", "r-rl-critic", "r-rl-rollouts"}
+    assert {made.version for made in first.artifacts.values()} == {"1"}
+
+    made = plot.stat().st_mtime_ns
+    skipped = execute.fn(call)
+    assert (skipped.status, skipped.plot) == ("skipped", first.plot)
+    assert plot.stat().st_mtime_ns == made
+    plot.unlink()
+    assert execute.fn(call).status == "skipped"
+    assert plot.is_file(), "one that is gone is drawn again"
+
+    again = execute.fn(call.model_copy(update={"recompute": True}))
+    assert again.plot == str(plots / "r-rl-2.png")
+    assert sorted(plots.iterdir()) == [plot, plots / "r-rl-2.png"]
+
+    without = execute.fn(call.model_copy(update={"config": {"seed": 1}}))
+    assert (without.status, without.metrics, without.plot) == ("ran", {"reward": 1.5}, None)
+    assert len(list(plots.iterdir())) == 2
+
+    console = Console(file=StringIO(), width=60)
+    print_results(console, "r", [first, prepared, without])
+    said: Any = console.file
+    assert f"rl: reward against KL in {first.plot}\n" in said.getvalue()
+    assert said.getvalue().count("reward against KL") == 1
 
 
 def test_headline_shows_before_and_after(store: Store) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from stages.data.batching import pad
 from stages.data.chat import encode, encode_prompt
 from stages.errors import InputError
-from stages.models.load import LoadedPolicy, load_policy, save_policy
+from stages.models.load import LoadedModel, LoadedPolicy, load_policy, require_same_tokens, save_policy
 from stages.models.logprobs import TokenLogProbs
 from stages.objectives.likelihood import nll_loss
 
@@ -194,3 +194,27 @@ def test_a_new_pad_token_takes_next_to_nothing_from_the_others(checkpoint: Path,
     saved = load_policy(tmp_path / "saved")
     assert saved.pad_id == 134
     assert torch.equal(logits(saved.model, ids), logits(policy.model, ids))
+
+
+# Models that read each other's tokens.
+
+
+def test_models_must_read_the_tokens_that_the_policy_writes(init_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    policy, same = load_policy(init_folder), load_policy(checkpoint)
+    other = LoadedModel(same.model, load_policy(checkpoint).tokenizer, same.stops)
+    other.tokenizer.add_tokens(["<new>"])
+    require_same_tokens(policy)
+    require_same_tokens(policy, reward_model=same, reference=policy)
+    with pytest.raises(InputError, match=r"^the reference's tokenizer differs from the policy's.*train the reference from"):
+        require_same_tokens(policy, reward_model=same, reference=other, critic=other)
+    with pytest.raises(InputError, match=r"^the critic's"):
+        require_same_tokens(other, critic=policy)
+
+
+def test_as_many_tokens_with_other_numbers_are_not_the_same(checkpoint: Path) -> None:
+    ours, theirs = load_policy(checkpoint), load_policy(checkpoint)
+    ours.tokenizer.add_tokens(["<one>", "<two>"])
+    theirs.tokenizer.add_tokens(["<two>", "<one>"])
+    assert ours.tokenizer.get_vocab().keys() == theirs.tokenizer.get_vocab().keys()
+    with pytest.raises(InputError, match="tokenizer differs"):
+        require_same_tokens(ours, critic=theirs)

@@ -212,6 +212,76 @@ def test_without_a_target_the_log_probs_are_zeros_that_reach_every_parameter(fam
         assert not parameter.grad.any(), name
 
 
+# Entropy.
+
+
+def plain_entropy(model: Any, ids: np.ndarray, temperature: float) -> torch.Tensor:
+    """The oracle: -sum p log p of the softmax at each position from which a token is drawn, in float64."""
+    probs_TV = (model(torch.from_numpy(ids)[None], use_cache=False).logits[0, :-1].double() / temperature).softmax(-1)
+    return -(probs_TV * probs_TV.log()).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+@torch.no_grad()
+def test_the_entropy_is_that_of_the_distribution_drawn_from(family: str, temperature: float) -> None:
+    model, sequences = tiny_model(family), random_sequences([5, 9, 1, 4])
+    firsts, everything = [2, 1, 1, 3], (0, 1, 2, 3)
+    for batch in (pad(sequences, firsts, PAD, everything), pack(sequences, firsts, PAD, everything)):
+        logp_BT, entropy_BT = TokenLogProbs(model).with_entropy(batch, temperature)
+        expected = [plain_entropy(model, ids, temperature)[first - 1 :] for ids, first in zip(sequences, firsts, strict=True)]
+        assert entropy_BT.dtype == torch.float32
+        torch.testing.assert_close(entropy_BT[batch.target_BT == 1].double(), torch.cat(expected), atol=1e-5, rtol=0)
+        assert not entropy_BT[batch.target_BT == 0].any()
+        assert torch.equal(logp_BT, TokenLogProbs(model)(batch, temperature))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_the_entropy_has_a_gradient_when_it_is_asked_for(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    model, sequences = tiny_model("llama"), random_sequences([6, 4])
+    parameters, batch = list(model.parameters()), pad(sequences, [1, 1], PAD, (0, 1))
+    expected = sum((plain_entropy(model, ids, 0.8).sum() for ids in sequences), torch.zeros(()))
+    wanted = torch.autograd.grad(expected, parameters)
+    found = torch.autograd.grad(TokenLogProbs(model).with_entropy(batch, 0.8)[1].sum(), parameters)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+    logp_BT, none_BT = TokenLogProbs(model).with_entropy(batch, 0.8, entropy=False)
+    assert not none_BT.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(none_BT.sum(), parameters, retain_graph=True))
+    # And it leaves the log-probs' gradient alone.
+    with_BT = TokenLogProbs(model).with_entropy(batch, 0.8)[0]
+    assert torch.equal(with_BT, logp_BT)
+    pairs = zip(torch.autograd.grad(with_BT.sum(), parameters), torch.autograd.grad(logp_BT.sum(), parameters), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_token_without_probability_has_no_part_in_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, [ids] = logprobs.head_logits, random_sequences([6])
+
+    def cut(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+        return whole(model, hidden_NH).index_fill(-1, torch.tensor([PAD]), -torch.inf)
+
+    monkeypatch.setattr(logprobs, "head_logits", cut)
+    model = tiny_model("llama")
+    entropy_BT = TokenLogProbs(model).with_entropy(pad([ids], [1], PAD, (0,)), 1.0)[1]
+    probs_TV = cut(model, model.base_model(torch.from_numpy(ids)[None]).last_hidden_state[0, :-1])[:, 1:].softmax(-1)
+    torch.testing.assert_close(entropy_BT[0, 1:], -(probs_TV * probs_TV.log()).sum(-1), atol=1e-5, rtol=0)
+    entropy_BT.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_without_a_target_the_entropy_is_zeros_that_reach_every_parameter(entropy: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    found = TokenLogProbs(model).with_entropy(pad(random_sequences([3]), [3], PAD, ()), 1.0, entropy)
+    for found_BT in found:
+        assert torch.equal(found_BT, torch.zeros(1, 3))
+        gradients = torch.autograd.grad(found_BT.sum(), list(model.parameters()), retain_graph=True)
+        assert not any(gradient.any() for gradient in gradients)
+
+
 def test_packed_positions_restart() -> None:
     batch = pack(random_sequences([3, 2, 4]), [1, 1, 2], PAD, (5, 6, 7))
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.plan import compare
+from tasks.plan import StepCall, compare
 
 BEFORE: dict[str, Any] = {
     "stage": "sft",
@@ -39,3 +39,11 @@ def test_a_new_input_and_a_new_version() -> None:
 def test_lists_are_compared_whole() -> None:
     config = {**BEFORE["config"], "rewards": []}
     assert compare(BEFORE, changed(config=config)) == ["rewards: [{'name': 'a'}] -> []"]
+
+
+def test_only_the_checkpoint_has_the_steps_own_name() -> None:
+    """A step may make several models: each has a line of versions of its own."""
+    call = StepCall(recipe="r", name="rl", stage="ppo", config={}, inputs={}, pipeline="")
+    names = {output: call.registered_name(output) for output in call.spec().outputs}
+    assert names == {"checkpoint": "r-rl", "critic": "r-rl-critic", "rollouts": "r-rl-rollouts"}
+    assert {call.spec().outputs[output] for output in ("checkpoint", "critic")} == {"model"}

@@ -109,8 +109,8 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
 
 def test_extending_nothing_or_oneself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("extends: two.yaml\n")
-    with pytest.raises(InputError, match="two.yaml: no such recipe; did you mean"):
+    with pytest.raises(InputError, match=r"two\.yaml: no such recipe; did you mean"):
         read_recipe(tmp_path / "one.yaml")
     (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
-    with pytest.raises(InputError, match="extends itself, by way of one.yaml, two.yaml"):
+    with pytest.raises(InputError, match=r"extends itself, by way of one\.yaml, two\.yaml"):
         read_recipe(tmp_path / "one.yaml")

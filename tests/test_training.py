@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_logprobs import PAD, VOCABULARY, random_sequences, tiny_model
 from transformers import PreTrainedModel
 
-from stages.data.batching import micro_batches, target_count
+from stages.data.batching import TokenBatch, micro_batches, pad, target_count
 from stages.data.tokens import TokenTable
 from stages.errors import InputError
 from stages.models.logprobs import TokenLogProbs
@@ -45,7 +45,8 @@ class Loop:
     def __init__(self, model: PreTrainedModel, optimizer: Optimizer | None = None, steps: int = 4) -> None:
         self.accelerator: Accelerator = accelerator_for(Runtime(device="cpu"))
         module = TokenLogProbs(model).train()
-        made, self.scheduler = make_optimizer(optimizer or Optimizer(lr=0.1, max_grad_norm=1e9), module.parameters(), steps)
+        config = optimizer or Optimizer(lr=0.1, max_grad_norm=1e9)
+        made, self.scheduler = make_optimizer([(config, module.parameters())], steps)
         prepared: Any = self.accelerator.prepare(module, made)
         self.module, self.optimizer = prepared
         self.accelerator.register_for_checkpointing(self.scheduler)
@@ -59,7 +60,7 @@ class Loop:
             self.scheduler,
             list(micro_batches(table, indices, "completion", tokens, packed, PAD)),
             lambda batch: nll_loss(self.module(batch), batch.target_BT, total),
-            clip,
+            {"grad_norm": (list(self.module.parameters()), clip)},
             lambda: "step 1, rows [10]",
         )
 
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(table: TokenT
             loop.scheduler,
             batches,
             loss,
-            1.0,
+            {"grad_norm": (list(loop.module.parameters()), 1.0)},
             lambda: "step 7, rows [3, 5] of train",
         )
     assert torch.equal(loop.weights(), before)
@@ -183,7 +184,8 @@ def test_weight_decay_falls_on_matrices_alone() -> None:
     frozen: Any = model.get_input_embeddings()
     frozen.weight.requires_grad_(False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer, _ = make_optimizer(Optimizer(lr=0.5, weight_decay=0.25, warmup=0, schedule="constant"), model.parameters(), 1)
+    config = Optimizer(lr=0.5, weight_decay=0.25, warmup=0, schedule="constant")
+    optimizer, _ = make_optimizer([(config, model.parameters())], 1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -191,6 +193,119 @@ def test_weight_decay_falls_on_matrices_alone() -> None:
         shrunk = parameter.ndim >= 2 and parameter.requires_grad
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * 0.25 if shrunk else 1.0))
     assert {parameter.ndim for parameter in model.parameters()} == {1, 2}
+
+
+# Two parts of one module.
+
+
+class Pair(torch.nn.Module):
+    """Two parts, each a matrix and a vector, whose losses have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.one, self.other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+
+    def forward(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BT = batch.ids_BT[:, :3].float()
+        return self.one(x_BT).square().sum(), (self.other(x_BT) - 1).square().sum()
+
+
+ONE = Optimizer(lr=0.1, schedule="linear", warmup=0.4, weight_decay=0.3, beta1=0.5, beta2=0.6, eps=1e-3)
+OTHER = Optimizer(lr=0.02, schedule="cosine", warmup=0.0, weight_decay=0.0, beta1=0.95, beta2=0.99, eps=1e-6)
+
+
+def pair_step(loop: Any, limits: tuple[float, float] = (1e9, 1e9), broken: str = "") -> dict[str, float]:
+    parts = {"grad_norm": loop.module.one, "critic_grad_norm": loop.module.other}
+    clip = {name: (list(part.parameters()), limit) for (name, part), limit in zip(parts.items(), limits, strict=True)}
+
+    def loss(batch: TokenBatch) -> torch.Tensor:
+        values = dict(zip(("one", "other"), loop.module(batch), strict=True))
+        # The value stays as it is; the gradient is not a number.
+        return sum((v + (v - v.detach()).abs().sqrt() if n == broken else v for n, v in values.items()), torch.zeros(()))
+
+    batches = [pad(random_sequences([4, 3]), [1, 1], PAD, (0, 1)), pad(random_sequences([5], seed=1), [1], PAD, (2,))]
+    return optimization_step(
+        loop.accelerator, loop.module, loop.optimizer, loop.scheduler, batches, loss, clip, lambda: "step 1, rows [0]"
+    )
+
+
+class PairLoop:
+    def __init__(self, steps: int = 5, names: tuple[str, ...] = ("one", "other")) -> None:
+        self.accelerator: Accelerator = accelerator_for(Runtime(device="cpu"))
+        module, configs = Pair(), {"one": ONE, "other": OTHER}
+        # Parameters come as a generator, which can be read once.
+        parts = [(configs[name], (p for p in getattr(module, name).parameters())) for name in names]
+        made, self.scheduler = make_optimizer(parts, steps)
+        prepared: Any = self.accelerator.prepare(module, made)
+        self.module, self.optimizer = prepared
+
+    def weights(self, name: str) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in getattr(self.module, name).parameters()]
+
+    def gradient(self, name: str) -> torch.Tensor:
+        return torch.cat([parameter.grad.flatten() for parameter in getattr(self.module, name).parameters()])
+
+
+@pytest.mark.parametrize("names", [("one", "other"), ("other", "one")])
+def test_each_part_keeps_its_own_settings_and_schedule(names: tuple[str, ...]) -> None:
+    """As if each part had an AdamW and a schedule of its own, and its matrix alone decayed."""
+    loop, oracle = PairLoop(5, names), Pair()
+    separate = []
+    for name, config in (("one", ONE), ("other", OTHER)):
+        for parameter in getattr(oracle, name).parameters():
+            decay = config.weight_decay if parameter.ndim == 2 else 0.0
+            betas = (config.beta1, config.beta2)
+            made = torch.optim.AdamW([parameter], lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay)
+            separate.append((config, made))
+    for step in range(5):
+        for config, made in separate:
+            made.param_groups[0]["lr"] = config.lr * rate(config, step, 5)
+            made.zero_grad()
+        for batch in (pad(random_sequences([4, 3]), [1, 1], PAD, (0, 1)), pad(random_sequences([5], seed=1), [1], PAD, (2,))):
+            sum(oracle(batch), torch.zeros(())).backward()
+        for _, made in separate:
+            made.step()
+        pair_step(loop)
+        for ours, theirs in zip(loop.module.parameters(), oracle.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert (ONE.lr * rate(ONE, 3, 5), OTHER.lr * rate(OTHER, 3, 5)) != (ONE.lr, OTHER.lr)
+    assert loop.scheduler.get_last_lr() == pytest.approx([0.0] * 4)
+
+
+def test_the_first_rate_is_that_of_the_first_part() -> None:
+    loop = PairLoop()
+    assert loop.scheduler.get_last_lr() == pytest.approx([0.05, 0.05, 0.02, 0.02])
+
+
+def test_clipping_one_group_leaves_the_other_alone() -> None:
+    free, clipped, both = PairLoop(), PairLoop(), PairLoop()
+    norms = pair_step(free)
+    assert list(norms) == ["loss", "grad_norm", "critic_grad_norm"]
+    for name, part in (("grad_norm", "one"), ("critic_grad_norm", "other")):
+        assert norms[name] == pytest.approx(free.gradient(part).norm().item(), rel=1e-6)
+    # The norms that are told are those before the clip.
+    assert pair_step(clipped, (1e9, norms["critic_grad_norm"] / 4)) == pytest.approx(norms, rel=1e-6)
+    assert torch.equal(clipped.gradient("one"), free.gradient("one"))
+    torch.testing.assert_close(clipped.gradient("other"), free.gradient("other") / 4, atol=0, rtol=1e-5)
+    assert pair_step(both, (norms["grad_norm"] / 2, norms["critic_grad_norm"] * 2)) == pytest.approx(norms, rel=1e-6)
+    torch.testing.assert_close(both.gradient("one"), free.gradient("one") / 2, atol=0, rtol=1e-5)
+    assert torch.equal(both.gradient("other"), free.gradient("other"))
+
+
+@pytest.mark.parametrize(("broken", "named"), [("one", "grad_norm"), ("other", "critic_grad_norm")])
+def test_a_gradient_that_is_not_finite_in_either_group_stops_before_the_weights_change(broken: str, named: str) -> None:
+    loop = PairLoop()
+    pair_step(loop)
+    before = loop.weights("one") + loop.weights("other")
+    with pytest.raises(InputError, match=rf"^step 1, rows \[0\]: loss is [\d.]+,.* {named} is nan.*weights were not changed"):
+        pair_step(loop, broken=broken)
+    after = loop.weights("one") + loop.weights("other")
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert loop.scheduler.last_epoch == 1
+    pair_step(loop)
+    assert not torch.equal(loop.weights("one")[0], before[0])
 
 
 def test_tied_weights_are_counted_once() -> None:
@@ -234,7 +349,8 @@ def test_a_restored_loop_goes_on_bit_for_bit(table: TokenTable, tmp_path: Path) 
     torch.manual_seed(8)
     other = Loop(tiny_model("gpt2", embd_pdrop=0.5, initializer_range=0.1))
     torch.set_num_threads(2)
-    assert state.load(run, other.accelerator) == {"step": 1, "threads": 1, "beta": 0.25}
+    resumed = state.load(run, other.accelerator)
+    assert resumed == {"step": 1, "threads": 1, "beta": 0.25, "folder": run.load_state()}
     assert torch.get_num_threads() == 1
     other.step(table, [2, 3])
     other.step(table, [4, 5])
@@ -285,3 +401,42 @@ def test_a_save_that_is_cut_short_leaves_the_last_state(
     assert torch.equal(loop.weights(), weights)
     state.save(run, loop.accelerator, 2, {})
     assert [path.name for path in (run.folder / "state").iterdir()] == ["step-00000002"]
+
+
+def test_a_loops_own_files_are_part_of_its_state(table: TokenTable, tmp_path: Path) -> None:
+    run, loop = Run(tmp_path / "run", {}), Loop(tiny_model("llama"))
+    seen: list[Path] = []
+
+    def write(folder: Path) -> None:
+        assert (folder / "loop.json").is_file(), "it may read what is there"
+        seen.append(folder)
+        (folder / "mine").mkdir()
+        (folder / "mine" / "rows.txt").write_text(f"state {len(seen)}")
+
+    state.save(run, loop.accelerator, 1, {"a": 1}, write)
+    resumed = state.load(run, loop.accelerator)
+    assert resumed is not None
+    assert resumed["folder"] == run.load_state()
+    assert (resumed["folder"] / "mine" / "rows.txt").read_text() == "state 1"
+    assert not seen[0].exists(), "the draft has become the state"
+
+    def die(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        state.save(run, loop.accelerator, 2, {}, die)
+    assert state.load(run, loop.accelerator) == resumed
+    assert (resumed["folder"] / "mine" / "rows.txt").read_text() == "state 1"
+    state.save(run, loop.accelerator, 2, {})
+    last = state.load(run, loop.accelerator)
+    assert last is not None
+    assert not (last["folder"] / "mine").exists()
+
+
+def test_only_the_main_process_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, loop = Run(tmp_path / "run", {}), Loop(tiny_model("llama"))
+    seen: list[Path] = []
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    state.save(run, loop.accelerator, 1, {}, seen.append)
+    assert seen == []
