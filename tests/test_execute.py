@@ -194,13 +194,15 @@ def test_two_processes_compute_a_key_once(store: Store) -> None:
 
 
 def stand_in(request: Request, _: Launch, listener: Callable[[Event], None]) -> None:
-    """A stage's process that leaves what PPO leaves, at once. With the seed 1 it measured no KL."""
+    """A stage's process that leaves its outputs and PPO's metrics, at once. With the seed 1 it measured no KL."""
     run = Run(request.folder, STAGES[request.stage].outputs, request.key, listener)
     for step in (1, 2, 3):
         run.log(step, {"reward": step / 2} | ({} if request.config["seed"] == 1 else {"kl": 0.1 * step}))
-    for model in ("checkpoint", "critic"):
-        (run.output(model) / "model.safetensors").write_text(model)
-    write_rows(run.output("rollouts"), [{"id": "a", "prompt": "p", "step": 0}])
+    for output, kind in STAGES[request.stage].outputs.items():
+        if kind == "model":
+            (run.output(output) / "model.safetensors").write_text(output)
+        else:
+            write_rows(run.output(output), [{"id": "a", "prompt": "p", "step": 0}])
     run.done()
 
 
@@ -235,12 +237,17 @@ def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatc
 
     without = execute.fn(call.model_copy(update={"config": {"seed": 1}}))
     assert (without.status, without.metrics, without.plot) == ("ran", {"reward": 1.5}, None)
+    given: dict[str, Dataset | Model] = {"policy": first.artifacts["checkpoint"], "prompts": inputs["prompts"]}
+    evaluated = execute.fn(call.model_copy(update={"name": "e", "stage": "evaluate", "inputs": given}))
+    assert (set(evaluated.metrics), evaluated.plot) == ({"reward", "kl"}, None)
     assert len(list(plots.iterdir())) == 2
 
+    # However long the path is, it is one line, which can be copied.
+    deep = first.model_copy(update={"plot": f"{'/deep' * 40}/r.png"})
     console = Console(file=StringIO(), width=60)
-    print_results(console, "r", [first, prepared, without])
+    print_results(console, "r", [deep, prepared, without])
     said: Any = console.file
-    assert f"rl: reward against KL in {first.plot}\n" in said.getvalue()
+    assert f"\nrl: reward against KL in {deep.plot}\n" in said.getvalue()
     assert said.getvalue().count("reward against KL") == 1
 
 

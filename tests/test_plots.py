@@ -1,0 +1,103 @@
+"""The plot of reward against KL, beside its run in a real MLflow over SQLite: made once, from the steps that have both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from mlflow.entities import Metric
+
+from tasks.plots import reward_against_kl
+from tasks.store import Store
+
+PNG = b"\x89PNG\r\n\x1a\n"
+IDENTITY: dict[str, Any] = {"stage": "ppo", "version": 1, "config": {}, "inputs": {}}
+# Out of order, as a resumed run may have logged them; step 3 has no reward.
+KL, REWARD = {4: 0.9, 1: 0.0, 2: 0.5, 3: 0.7}, {2: -1.0, 4: 2.0, 1: -3.0, 9: 7.0}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+def run_with(store: Store, **metrics: dict[int, float]) -> str:
+    tags = {"key": "k", "stage": "ppo", "step": "rl", "recipe": "r"}
+    run_id = store.begin("r", "rl", tags, IDENTITY)
+    logged = [Metric(name, value, 0, step) for name, values in metrics.items() for step, value in values.items()]
+    store.client.log_batch(run_id, metrics=logged)
+    return run_id
+
+
+def artifacts(store: Store, run_id: str) -> list[str]:
+    return [file.path for file in store.client.list_artifacts(run_id, "plots")]
+
+
+def beside(store: Store, run_id: str, name: str) -> Path:
+    return store.root / "artifacts" / "r" / run_id / "artifacts" / "plots" / name
+
+
+def test_the_plot_is_made_once_and_lies_beside_the_run(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id, path = run_with(store, kl=KL, reward=REWARD, loss={1: 1.0}), tmp_path / "new" / "folders" / "r-rl-1.png"
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(Axes, "set", lambda _, **fields: drawn.update(fields))
+    for method in ("plot", "scatter"):
+        original = getattr(Axes, method)
+
+        def note(self: Axes, x: Any, y: Any, original: Any = original, method: str = method, **fields: Any) -> Any:
+            drawn.update({method: (x, y), "c": fields.get("c", drawn.get("c"))})
+            return original(self, x, y, **fields)
+
+        monkeypatch.setattr(Axes, method, note)
+
+    assert reward_against_kl(store, run_id, "r-rl-1", path) == path
+    # A point a step that has both, in the order of steps.
+    assert drawn["scatter"] == drawn["plot"] == ([0.0, 0.5, 0.9], [-3.0, -1.0, 2.0])
+    assert list(drawn["c"]) == [1, 2, 4]
+    assert drawn["title"] == "r-rl-1"
+    assert "KL" in drawn["xlabel"]
+    assert "reward" in drawn["ylabel"]
+    made = path.read_bytes()
+    assert made.startswith(PNG)
+    assert artifacts(store, run_id) == ["plots/r-rl-1.png"]
+    assert beside(store, run_id, "r-rl-1.png").read_bytes() == made
+
+    drawn.clear()
+    time = path.stat().st_mtime_ns
+    assert reward_against_kl(store, run_id, "r-rl-1", path) == path
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (made, time)
+    assert drawn == {}
+    assert artifacts(store, run_id) == ["plots/r-rl-1.png"]
+
+
+def test_a_plot_that_is_there_is_left_as_it_is(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "r-rl-1.png"
+    path.write_text("a person's own")
+    assert reward_against_kl(store, run_with(store, kl=KL, reward=REWARD), "r-rl-1", path) == path
+    assert path.read_text() == "a person's own"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"kl": KL},
+        {"reward": REWARD},
+        {"kl": {1: 0.1}, "reward": {1: 2.0}},
+        {"kl": {1: 0.1, 3: 0.2}, "reward": {2: 2.0, 3: 3.0, 4: 5.0}},
+        {"kl_before": KL, "reward": REWARD},
+    ],
+)
+def test_a_run_without_two_steps_of_both_has_no_plot(store: Store, tmp_path: Path, metrics: dict[str, Any]) -> None:
+    run_id, path = run_with(store, **metrics), tmp_path / "plots" / "r.png"
+    assert reward_against_kl(store, run_id, "r", path) is None
+    assert not path.parent.exists()
+    assert artifacts(store, run_id) == []
+
+
+def test_two_steps_make_a_plot(store: Store, tmp_path: Path) -> None:
+    run_id = run_with(store, kl={1: 0.1, 2: 0.2}, reward={1: 2.0, 2: 3.0})
+    assert reward_against_kl(store, run_id, "r", tmp_path / "r.png") == tmp_path / "r.png"
+    assert (tmp_path / "r.png").read_bytes().startswith(PNG)
