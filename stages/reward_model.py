@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from stages.data.batching import RowOrder, TokenBatch, pad
 from stages.data.parquet import write_rows
@@ -63,6 +64,7 @@ def reward_model(
     """Train on `train` from `model` (a policy, a base, or an earlier reward model); write `checkpoint` and the held-out
     rows' `scores`. The rewards are shifted on `demonstrations` and scaled on `samples` when these are given."""
     accelerator = accelerator_for(config.runtime, config.dtype)
+    set_seed(config.seed, device_specific=True)  # dropout's
     reward = new_reward_model(model, config.seed)
     set_threads(config.runtime, count_parameters(reward.model))
     table = _tokenise(config, run, accelerator, reward, train, "train")
@@ -219,8 +221,10 @@ def _calibrate(
     if demonstrations is not None:
         bias = -float(_score_rows(config, run, reward, demonstrations, config.shift_rows).mean())
     if samples is not None:
-        spread = float(_score_rows(config, run, reward, samples, config.scale_rows).std())
-        if spread > 0:
+        raw_B = _score_rows(config, run, reward, samples, config.scale_rows)
+        spread = float(raw_B.std())
+        # Equal scores differ by rounding alone, which must not be blown up to unit spread.
+        if spread > 1e-5 * max(1.0, float(np.abs(raw_B).max())):
             scale = 1 / spread
         else:
             run.message("the samples all have one score: the rewards are not scaled")
