@@ -58,8 +58,8 @@ def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> No
             samples=config.samples,
             batch_size=config.runtime.generation_batch,
         )
-        place = {row["id"]: number for number, row in enumerate(batch)}
-        found = gather_object([(place[one.row["id"]], one.record(0, "policy")) for one in samples])
+        place = {id(row): number for number, row in enumerate(batch)}
+        found = gather_object([(place[id(one.row)], one.record(0, "policy")) for one in samples])
         if accelerator.is_main_process:
             drawn += [record for _, record in sorted(found, key=lambda pair: pair[0])]
         done, dropped, batches = done + len(batch), dropped + sum(gather_object([unfit])), batches + 1

@@ -83,10 +83,10 @@ def encode_preferences(
             for place, (text, rank, truncated) in enumerate(_ranked(row, number)):
                 ids = encode(tokenizer, row["prompt"], text, stops).completion_ids
                 ids = ids[:-1] if truncated else ids
-                if len(prompt) + len(ids) <= max_length:
+                if 0 < len(prompt) + len(ids) <= max_length:
                     group.append((place, rank, ids))
                 else:
-                    counts["completions left out: too long"] += 1
+                    counts[f"completions left out: {'too long' if ids else 'empty'}"] += 1
             if reason := _useless(group):
                 counts[f"dropped: {reason}"] += 1
                 continue
@@ -114,6 +114,11 @@ def _ranked(row: Row, number: int) -> list[Ranked]:
         ]
     if "completions" in row and "ranks" in row:
         finishes = row.get("finishes") or [None] * len(row["completions"])
+        if not len(row["completions"]) == len(row["ranks"]) == len(finishes):
+            raise InputError(
+                f'row {number + 1} has {len(row["completions"])} "completions", {len(row["ranks"])} "ranks" and '
+                f'{len(finishes)} "finishes"; they must be equally many'
+            )
         return [(text, rank, f == "length") for text, rank, f in zip(row["completions"], row["ranks"], finishes, strict=True)]
     raise InputError(
         f'row {number + 1} has neither "chosen" and "rejected" nor "completions" and "ranks" (it has {", ".join(row)}); '
@@ -123,7 +128,7 @@ def _ranked(row: Row, number: int) -> list[Ranked]:
 
 def _useless(group: Sequence[Member]) -> str | None:
     if len(group) < 2:
-        return "too long"
+        return "fewer than two completions left"
     if len({tuple(ids) for _, _, ids in group}) < 2:
         return "equal completions"
     return "all tied" if len({rank for _, rank, _ in group}) < 2 else None
