@@ -98,7 +98,7 @@ def reward_model(
             _micro_batches(config, accelerator, reward, table, rows),
             lambda batch: preference_loss(config, table, module(batch), batch.indices, size),
             config.optimizer.max_grad_norm,
-            lambda step=step, rows=rows: f"step {step + 1}, rows {sorted(table.rows_G[rows].tolist())} of train",
+            lambda step=step, rows=rows: f"step {step + 1}, rows {sorted((table.rows_G[rows] + 1).tolist())} of train",
         )
         done = step + 1
         if done % config.runtime.log_every == 0 or done == steps:
@@ -113,7 +113,8 @@ def reward_model(
     raw_N = _scores(config, accelerator, reward, module, held)
     run.log(steps, heldout_metrics(config, held, raw_N))
     if accelerator.is_main_process:
-        run.log(steps, _calibrate(config, run, reward, demonstrations, samples))
+        with accelerator.autocast():
+            run.log(steps, _calibrate(config, run, reward, demonstrations, samples))
         save_reward_model(reward, run.output("checkpoint"))
         _write_scores(run, heldout, held, reward, raw_N)
         _tables(run, held, raw_N)
@@ -208,7 +209,9 @@ def _scores(
     """raw_N: the raw score of every held-out completion, each rank scoring its share."""
     places = list(range(accelerator.process_index, len(held.tokens), accelerator.num_processes))
     raw_N = np.zeros(len(held.tokens))
-    raw_N[places] = raw_scores(module, reward, [held.tokens.ids(i) for i in places], config.runtime.micro_batch_tokens)
+    # A rank without a share scores one all the same: DDP's ranks must enter their first forward together.
+    sequences = [held.tokens.ids(i) for i in places or [0]]
+    raw_N[places] = raw_scores(module, reward, sequences, config.runtime.micro_batch_tokens)[: len(places)]
     gathered = accelerator.reduce(torch.from_numpy(raw_N).to(accelerator.device), reduction="sum")
     return gathered.cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -255,7 +258,7 @@ def _write_scores(run: Run, heldout: Path, held: PreferenceTable, reward: Reward
                 continue
             members = held.members(group_of[number])
             found = {int(place): float(one) for place, one in zip(held.places_N[members], rewards_N[members], strict=True)}
-            if "chosen" in row:
+            if "chosen" in row and "rejected" in row:
                 yield row | {"chosen_reward": found[0], "rejected_reward": found[1]}
             else:
                 yield row | {"rewards": [found.get(place) for place in range(len(row["completions"]))]}

@@ -79,7 +79,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
             _micro_batches(config, accelerator, policy, table, indices),
             lambda batch, total=total: nll_loss(module(batch), batch.target_BT, total),
             config.optimizer.max_grad_norm,
-            lambda step=step, indices=indices: f"step {step + 1}, rows {sorted(table.rows[indices].tolist())} of train",
+            lambda step=step, indices=indices: f"step {step + 1}, rows {sorted((table.rows[indices] + 1).tolist())} of train",
         )
         done = step + 1
         if done % config.runtime.log_every == 0 or done == steps:
