@@ -7,7 +7,7 @@
 
 The difference of two Gumbels is logistic, so P(i over j) = sigmoid((s_i - s_j) / noise): the Bradley-Terry model (rl4llm
 5.1.3); the order of several is Plackett and Luce's. Scores within `tie_within`, and equal texts, are ties: they make no pair,
-and share a rank. A score of None makes none either. Each is counted.
+and share a rank. A score of None, or one that is not finite, makes none either. Each is counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from stages.artifacts import digest_of
 from stages.data.parquet import RowWriter, read_schema
@@ -27,7 +28,7 @@ from stages.data.schemas import row_id
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
-from stages.rollouts.sample import RECORDED
+from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed, uniforms
 from stages.run import Run
 from stages.specs.label import LabelConfig
@@ -36,6 +37,17 @@ from stages.training.setup import accelerator_for, count_parameters, set_threads
 Row = dict[str, Any]
 Scorer = Callable[[Sequence[Row]], list[float | None]]
 CHUNK = 1024
+TYPES: dict[str, dict[str, pa.DataType]] = {
+    "pairs": {
+        **{name: pa.string() for name in ("id", "chosen", "rejected", "chosen_finish", "rejected_finish")},
+        **{name: pa.float64() for name in ("margin", "chosen_score", "rejected_score")},
+    },
+    "rankings": {
+        **{name: pa.list_(pa.string()) for name in ("completions", "finishes")},
+        "ranks": pa.list_(pa.int64()),
+        "scores": pa.list_(pa.float64()),
+    },
+}
 
 
 def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | None = None) -> None:
@@ -44,13 +56,16 @@ def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | 
     scorer = _scorer(config, samples, reward_model)
     counts: Counter[str] = Counter()
     make = _pairs if config.form == "pairs" else _ranking
-    train, heldout = RowWriter(run.output("train")), RowWriter(run.output("heldout"))
+    types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
+    train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
     for group in _scored(run.rows(samples), scorer):
         for row in make(config, group, counts):
             (heldout if _held_out(config, row) else train).add(row)
     rows = {"rows_train": train.close(), "rows_heldout": heldout.close()}
-    if not rows["rows_train"]:
+    if not any(rows.values()):
         raise InputError(f"no preference came of the samples ({dict(counts)}): are there two completions a prompt that differ?")
+    if not rows["rows_train"]:
+        raise InputError(f"all {rows['rows_heldout']} preferences were held out: lower heldout, or sample more prompts")
     run.table("preferences", [{"what": what, "number": count} for what, count in counts.items()])
     agreement = 1 - counts["turned by noise"] / counts["pairs ordered"]
     run.log(0, rows | {"ties": counts["ties"], "agreement": agreement})
@@ -65,12 +80,15 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
     reward = config.reward
     if (reward is None) == (folder is None):
         raise InputError("label needs either `reward` in its config or a reward model as its input, and not both")
+    columns = read_schema(samples).names
+    if "completion" not in columns:
+        raise InputError(f'the samples have no column "completion" (they have {", ".join(columns)})')
     if reward is not None:
-        require_columns(reward.name, read_schema(samples).names, "the samples")
+        require_columns(reward.name, columns, "the samples")
 
         def by_rule(rows: Sequence[Row]) -> list[float | None]:
             scores = score(reward.name, [row["completion"] for row in rows], rows, **reward.args)
-            return [None if one is None or math.isnan(one.total) else one.total for one in scores]
+            return [None if one is None or not math.isfinite(one.total) else float(one.total) for one in scores]
 
         return by_rule
     assert folder is not None
@@ -87,12 +105,21 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
 
 
 def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[tuple[Row, float | None]]]:
-    """The samples of one prompt after another, with their scores. The samples of a prompt stand side by side."""
-    groups = (list(group) for _, group in groupby(rows, key=lambda row: (row["id"], row.get("step"))))
+    """The samples of one prompt after another, with their scores. Raises InputError when those of a prompt are not together."""
+    groups = _together(rows)
     while chunk := list(islice(groups, CHUNK)):
         flat = [row for group in chunk for row in group]
         scores = iter(scorer(flat))
         yield from ([(row, next(scores)) for row in group] for group in chunk)
+
+
+def _together(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    known: set[int] = set()
+    for key, group in groupby(rows, key=lambda row: (row["id"], row.get("step"))):
+        if hash(key) in known:
+            raise InputError(f"the samples of the prompt with id {key[0]!r} do not stand side by side; sort them by id")
+        known.add(hash(key))
+        yield list(group)
 
 
 def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
@@ -100,7 +127,12 @@ def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
     if config.noise == 0:
         return value
     # A name apart from the sampler's: the same number must not decide a completion and its label.
-    seed = sample_seed(config.seed, int(row.get("step") or 0), f"label/{row['id']}", int(row.get("sample", number)))
+    seed = sample_seed(
+        config.seed,
+        int(row.get("step") or 0),
+        f"label/{row['id']}",
+        number if row.get("sample") is None else int(row["sample"]),
+    )
     uniform = max(float(uniforms(np.array([seed], np.uint64), 1)[0, 0]), 2.0**-54)
     return value - config.noise * math.log(-math.log(uniform))
 
@@ -134,18 +166,27 @@ def _pairs(config: LabelConfig, group: Sequence[tuple[Row, float | None]], count
 
 def _ranking(config: LabelConfig, group: Sequence[tuple[Row, float | None]], counts: Counter[str]) -> Iterator[Row]:
     kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
-    ranks: list[int] = []
-    for place, (row, value, _) in enumerate(kept):
-        tied = place > 0 and _tied(config, kept[place - 1][0], kept[place - 1][1], row, value)
-        ranks.append(ranks[-1] if tied else place + 1)
-    ordered = [(kept[a], kept[b]) for a, b in combinations(range(len(kept)), 2) if ranks[a] != ranks[b]]
+    # Ties chain: what is tied with one of a class joins it, and the best seen of a class says where it stands.
+    classes: list[list[tuple[Row, float, float]]] = []
+    for one in kept:
+        ties = [c for c in classes if any(_tied(config, other[0], other[1], one[0], one[1]) for other in c)]
+        joined = [member for c in ties for member in c] + [one]
+        place = classes.index(ties[0]) if ties else len(classes)
+        classes = [c for c in classes if c not in ties]
+        classes.insert(place, joined)
+    ordered = [(better, worse) for a, b in combinations(classes, 2) for better in a for worse in b]
     counts["ties"] += len(kept) * (len(kept) - 1) // 2 - len(ordered)
     counts["pairs ordered"] += len(ordered)
     counts["turned by noise"] += sum(better[1] < worse[1] for better, worse in ordered)
     if ordered:
-        ranking = {"prompt": kept[0][0]["prompt"], "completions": [row["completion"] for row, _, _ in kept], "ranks": ranks}
-        finishes = [row.get("finish") for row, _, _ in kept]
-        yield _row(kept[0][0], ranking) | {"scores": [value for _, value, _ in kept], "finishes": finishes}
+        members = [(1 + sum(map(len, classes[:place])), *one) for place, c in enumerate(classes) for one in c]
+        ranking = {
+            "prompt": kept[0][0]["prompt"],
+            "completions": [row["completion"] for _, row, _, _ in members],
+            "ranks": [rank for rank, _, _, _ in members],
+        }
+        finishes = [row.get("finish") for _, row, _, _ in members]
+        yield _row(kept[0][0], ranking) | {"scores": [value for _, _, value, _ in members], "finishes": finishes}
 
 
 def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) -> bool:
@@ -154,5 +195,5 @@ def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) 
 
 def _row(source: Row, preference: Row) -> Row:
     """A canonical row: the preference, and the columns of the prompt that are not of one sample."""
-    others = {name: value for name, value in source.items() if name not in (*RECORDED, "id", *preference)}
+    others = {name: value for name, value in source.items() if not of_one_sample(name) and name not in ("id", *preference)}
     return {"id": row_id(preference), **preference, **others}

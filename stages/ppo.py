@@ -48,7 +48,7 @@ from stages.objectives.value import explained_variance, value_loss
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, score, usable_prompts
 from stages.rollouts.report import rollout_metrics, rollout_records
-from stages.rollouts.sample import RECORDED
+from stages.rollouts.sample import of_one_sample
 from stages.run import Run
 from stages.specs.ppo import PpoConfig
 from stages.training import state
@@ -90,7 +90,7 @@ def ppo(
     others = (loop.reward, loop.critic, loop.reference)
     rows = usable_prompts(run, prompts, loop.policy, others, config.sampling.max_new_tokens)
     order = RowOrder(len(rows), config.seed)
-    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED})
+    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)})
     penalty = AdaptiveKL(config.old_policy_kl.target, config.old_policy_kl.coefficient)
 
     resumed = state.load(run, accelerator)
@@ -252,9 +252,13 @@ def _save(run: Run, loop: Loop, step: int, penalty: AdaptiveKL, parts: Parts, ro
 def _prepare(config: PpoConfig, policy: Path, reward: Path, reference: Path, critic: Path | None) -> Loop:
     """Load the four models and check that they fit together. Dropout is off in all of them."""
     accelerator = accelerator_for(config.runtime, config.dtype)
-    actor, judge, anchor = load_policy(policy, seed=config.seed), load_reward_model(reward), load_policy(reference)
+    actor, judge, anchor = (
+        load_policy(policy, seed=config.seed),
+        load_reward_model(reward),
+        load_policy(reference, seed=config.seed),
+    )
     if critic is None and config.critic.start == "policy":
-        valuer = critic_from_policy(policy)
+        valuer = critic_from_policy(policy, config.seed)
     else:
         valuer = load_reward_model(critic or reward)
     set_threads(config.runtime, count_parameters(actor.model))

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from stages.data.batching import RowOrder, TokenBatch, pad
 from stages.data.parquet import write_rows
@@ -63,6 +64,7 @@ def reward_model(
     """Train on `train` from `model` (a policy, a base, or an earlier reward model); write `checkpoint` and the held-out
     rows' `scores`. The rewards are shifted on `demonstrations` and scaled on `samples` when these are given."""
     accelerator = accelerator_for(config.runtime, config.dtype)
+    set_seed(config.seed, device_specific=True)  # dropout's
     reward = new_reward_model(model, config.seed)
     set_threads(config.runtime, count_parameters(reward.model))
     table = _tokenise(config, run, accelerator, reward, train, "train")
@@ -97,7 +99,7 @@ def reward_model(
             _micro_batches(config, accelerator, reward, table, rows),
             lambda batch: preference_loss(config, table, module(batch), batch.indices, size),
             clip,
-            lambda step=step, rows=rows: f"step {step + 1}, rows {sorted(table.rows_G[rows].tolist())} of train",
+            lambda step=step, rows=rows: f"step {step + 1}, rows {sorted((table.rows_G[rows] + 1).tolist())} of train",
         )
         done = step + 1
         if done % config.runtime.log_every == 0 or done == steps:
@@ -112,7 +114,8 @@ def reward_model(
     raw_N = _scores(config, accelerator, reward, module, held)
     run.log(steps, heldout_metrics(config, held, raw_N))
     if accelerator.is_main_process:
-        run.log(steps, _calibrate(config, run, reward, demonstrations, samples))
+        with accelerator.autocast():
+            run.log(steps, _calibrate(config, run, reward, demonstrations, samples))
         save_reward_model(reward, run.output("checkpoint"))
         _write_scores(run, heldout, held, reward, raw_N)
         _tables(run, held, raw_N)
@@ -207,7 +210,9 @@ def _scores(
     """raw_N: the raw score of every held-out completion, each rank scoring its share."""
     places = list(range(accelerator.process_index, len(held.tokens), accelerator.num_processes))
     raw_N = np.zeros(len(held.tokens))
-    raw_N[places] = raw_scores(module, reward, [held.tokens.ids(i) for i in places], config.runtime.micro_batch_tokens)
+    # A rank without a share scores one all the same: DDP's ranks must enter their first forward together.
+    sequences = [held.tokens.ids(i) for i in places or [0]]
+    raw_N[places] = raw_scores(module, reward, sequences, config.runtime.micro_batch_tokens)[: len(places)]
     gathered = accelerator.reduce(torch.from_numpy(raw_N).to(accelerator.device), reduction="sum")
     return gathered.cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -220,8 +225,10 @@ def _calibrate(
     if demonstrations is not None:
         bias = -float(_score_rows(config, run, reward, demonstrations, config.shift_rows).mean())
     if samples is not None:
-        spread = float(_score_rows(config, run, reward, samples, config.scale_rows).std())
-        if spread > 0:
+        raw_B = _score_rows(config, run, reward, samples, config.scale_rows)
+        spread = float(raw_B.std())
+        # Equal scores differ by rounding alone, which must not be blown up to unit spread.
+        if spread > 1e-5 * max(1.0, float(np.abs(raw_B).max())):
             scale = 1 / spread
         else:
             run.message("the samples all have one score: the rewards are not scaled")
@@ -252,7 +259,7 @@ def _write_scores(run: Run, heldout: Path, held: PreferenceTable, reward: Reward
                 continue
             members = held.members(group_of[number])
             found = {int(place): float(one) for place, one in zip(held.places_N[members], rewards_N[members], strict=True)}
-            if "chosen" in row:
+            if "chosen" in row and "rejected" in row:
                 yield row | {"chosen_reward": found[0], "rejected_reward": found[1]}
             else:
                 yield row | {"rewards": [found.get(place) for place in range(len(row["completions"]))]}

@@ -12,17 +12,16 @@ in. Prompts that fill the context are dropped and counted.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 
-from stages.data.parquet import count_rows, read_rows, read_schema, write_rows
+from stages.data.parquet import count_rows, read_schema, write_rows
+from stages.data.parts import Parts
 from stages.errors import InputError
 from stages.models.load import load_policy
 from stages.rollouts.sample import RECORDED, sample_rows
@@ -31,7 +30,6 @@ from stages.specs.sample import SampleConfig
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Row = dict[str, Any]
-Types = Mapping[str, pa.DataType]
 
 
 def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> None:
@@ -40,12 +38,11 @@ def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> No
     model = load_policy(policy, config.dtype)
     set_threads(config.runtime, count_parameters(model.model))
     model.model.to(accelerator.device).eval()  # pyright: ignore[reportArgumentType]
-    types = {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED}
+    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED})
     total = min(count_rows(prompts), config.prompts or count_rows(prompts))
     size = max(1, config.runtime.generation_batch // config.samples) * accelerator.num_processes
 
     done, dropped = _resume(run)
-    drawn: list[Row] = []
     rows = islice(run.rows(prompts), done, total)
     batches = 0
     while batch := list(islice(rows, size)):
@@ -58,35 +55,26 @@ def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> No
             samples=config.samples,
             batch_size=config.runtime.generation_batch,
         )
-        place = {row["id"]: number for number, row in enumerate(batch)}
-        found = gather_object([(place[one.row["id"]], one.record(0, "policy")) for one in samples])
-        if accelerator.is_main_process:
-            drawn += [record for _, record in sorted(found, key=lambda pair: pair[0])]
+        place = {id(row): number for number, row in enumerate(batch)}
+        found = gather_object([(place[id(one.row)], one.record(0, "policy")) for one in samples])
+        parts.add([record for _, record in sorted(found, key=lambda pair: pair[0])])
         done, dropped, batches = done + len(batch), dropped + sum(gather_object([unfit])), batches + 1
         run.progress(done, total, f"{done * config.samples} samples")
         if batches % config.runtime.save_every == 0 and done < total:
-            _save(run, accelerator.wait_for_everyone, done, dropped, drawn, types)
-            drawn = []
+            _save(run, accelerator.wait_for_everyone, done, dropped, parts)
 
     if accelerator.is_main_process:
-        _write(run, drawn, types, dropped)
+        _write(run, parts, dropped)
     accelerator.wait_for_everyone()
 
 
-def _save(run: Run, barrier: Callable[[], None], done: int, dropped: int, drawn: list[Row], types: Types) -> None:
-    """Keep what was drawn since the last state as one more part beside the earlier ones, which are linked, not copied."""
-    before = run.load_state()
+def _save(run: Run, barrier: Callable[[], None], done: int, dropped: int, parts: Parts) -> None:
+    """A resume state after `done` prompts."""
     with run.new_state(done, barrier) as folder:
         if run.rank == 0:
-            for part in _parts(before):
-                (folder / part.parent.name).mkdir()
-                os.link(part, folder / part.parent.name / part.name)
-            if drawn:
-                (folder / f"part-{done:010d}").mkdir()
-                write_rows(folder / f"part-{done:010d}", drawn, types=types)
-            (folder / "loop.json").write_text(
-                json.dumps({"done": done, "dropped": dropped, "threads": torch.get_num_threads()})
-            )
+            parts.save(folder)
+            kept = {"done": done, "dropped": dropped, "threads": torch.get_num_threads()}
+            (folder / "loop.json").write_text(json.dumps(kept))
 
 
 def _resume(run: Run) -> tuple[int, int]:
@@ -99,24 +87,20 @@ def _resume(run: Run) -> tuple[int, int]:
     return kept["done"], kept["dropped"]
 
 
-def _parts(state: Path | None) -> list[Path]:
-    return sorted(state.glob("part-*/*.parquet")) if state else []
-
-
-def _write(run: Run, drawn: list[Row], types: Types, dropped: int) -> None:
-    """All parts and what came after them as one dataset, with its numbers."""
-    lengths = truncated = 0
+def _write(run: Run, parts: Parts, dropped: int) -> None:
+    """All samples as one dataset, with their numbers. Raises InputError when there is none."""
+    count = lengths = truncated = 0
 
     def records() -> Iterator[Row]:
-        nonlocal lengths, truncated
-        for record in chain(*(read_rows(part) for part in _parts(run.load_state())), drawn):
-            lengths, truncated = lengths + record["length"], truncated + (record["finish"] == "length")
+        nonlocal count, lengths, truncated
+        for record in parts.rows():
+            count, lengths, truncated = count + 1, lengths + record["length"], truncated + (record["finish"] == "length")
             yield record
+        if not count:
+            raise InputError("every prompt fills the model's context: nothing was sampled")
 
-    if not drawn and not _parts(run.load_state()):
-        raise InputError("every prompt fills the model's context: nothing was sampled")
-    count = write_rows(run.output("samples"), records(), types=types)
+    write_rows(run.output("samples"), records(), types=parts.types)
     metrics = {"samples": count, "length": lengths / count, "truncated": truncated / count, "prompts_dropped": dropped}
     run.log(0, metrics)
-    first = list(islice(read_rows(run.folder / "outputs" / "samples"), 4))
+    first = list(islice(parts.rows(), 4))
     run.table("samples", [{"prompt": str(row["prompt"])[-60:], "completion": row["completion"][:120]} for row in first])

@@ -25,6 +25,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from stages.data.batching import RowOrder, TokenBatch, micro_batches, pad, target_count
 from stages.data.encode import encode_demonstrations
@@ -44,6 +45,7 @@ from stages.training.step import optimization_step
 def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path | None = None) -> None:
     """Fine-tune `model` on `train`; write `checkpoint` and `generations` on held-out prompts (on training ones without any)."""
     accelerator = accelerator_for(config.runtime, config.dtype)
+    set_seed(config.seed, device_specific=True)  # dropout's
     policy = load_policy(model, seed=config.seed)
     set_threads(config.runtime, count_parameters(policy.model))
     table = _tokenise(config, run, accelerator, policy, train, "train")
@@ -78,7 +80,7 @@ def sft(config: SftConfig, run: Run, *, model: Path, train: Path, heldout: Path 
             _micro_batches(config, accelerator, policy, table, indices),
             lambda batch, total=total: nll_loss(module(batch), batch.target_BT, total),
             clip,
-            lambda step=step, indices=indices: f"step {step + 1}, rows {sorted(table.rows[indices].tolist())} of train",
+            lambda step=step, indices=indices: f"step {step + 1}, rows {sorted((table.rows[indices] + 1).tolist())} of train",
         )
         done = step + 1
         if done % config.runtime.log_every == 0 or done == steps:

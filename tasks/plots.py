@@ -29,7 +29,11 @@ def reward_against_kl(store: Store, run_id: str, title: str, path: Path) -> Path
     points = axes.scatter(x, y, c=steps, cmap="viridis", s=18, zorder=2)
     figure.colorbar(points, label="step")
     axes.set(title=title, xlabel="KL from the reference (nats a completion)", ylabel="reward (reward model)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
-    store.client.log_artifact(run_id, str(path), "plots")
+    # The file under its name says that all is done.
+    draft = path.parent / f".draft-{run_id}" / path.name
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(draft))
+    store.client.log_artifact(run_id, str(draft), "plots")
+    draft.replace(path)
+    draft.parent.rmdir()
     return path

@@ -26,7 +26,7 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
     _print(console, table)
     for result in results:
         if result.plot is not None:
-            console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True)
+            console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True, markup=False)
 
 
 def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Plan]]) -> None:

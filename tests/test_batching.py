@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -109,6 +110,38 @@ def test_a_split_covers_each_place_once_within_the_limit(lengths: list[int], max
     for cost, group, following in zip(costs, groups, groups[1:], strict=False):
         first = lengths[following[0]]
         assert (cost + first if packed else max(lengths[place] for place in group) * (len(group) + 1)) > max_tokens
+
+
+@settings(max_examples=100)
+@given(LENGTHS, st.integers(1, 60), st.booleans(), st.data())
+def test_a_split_keeps_together_what_counts_as_one(
+    lengths: list[int], max_tokens: int, packed: bool, data: st.DataObject
+) -> None:
+    """A place that stands for several sequences takes the room of all of them, each as long as the longest."""
+    counts = data.draw(st.lists(st.integers(1, 6), min_size=len(lengths), max_size=len(lengths)))
+    groups = split_by_length(lengths, max_tokens, packed, counts)
+    assert Counter(place for group in groups for place in group) == Counter(range(len(lengths)))
+
+    def cost(group: list[int]) -> int:
+        widths = [lengths[place] if packed else max(lengths[one] for one in group) for place in group]
+        return sum(width * counts[place] for width, place in zip(widths, group, strict=True))
+
+    for group in groups:
+        assert cost(group) <= max_tokens or len(group) == 1
+        assert [lengths[place] for place in group] == sorted((lengths[place] for place in group), reverse=True)
+    for group, following in pairwise(groups):
+        assert cost([*group, following[0]]) > max_tokens, "no cut without need"
+    ones = split_by_length(lengths, max_tokens, packed, [1] * len(lengths))
+    assert ones == split_by_length(lengths, max_tokens, packed)
+
+
+def test_a_split_with_counts_by_hand() -> None:
+    assert split_by_length([3, 1, 5, 2], max_tokens=15, counts=[2, 3, 1, 1]) == [[2, 0], [3, 1]]
+    assert split_by_length([3, 1, 5, 2], max_tokens=15, packed=True, counts=[2, 3, 1, 1]) == [[2, 0, 3], [1]]
+    assert split_by_length([4, 3, 2], max_tokens=8, counts=[2, 1, 1]) == [[0], [1, 2]]
+    assert split_by_length([2, 2], max_tokens=9, counts=[5, 4]) == [[0], [1]]
+    assert split_by_length([2, 2], max_tokens=18, counts=[5, 4]) == [[0, 1]]
+    assert split_by_length([], max_tokens=1, counts=[]) == []
 
 
 def test_a_split_by_hand() -> None:

@@ -180,7 +180,7 @@ def checkpoint(init_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_critic_from_the_policy_has_its_backbone_and_expects_nothing(checkpoint: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    critic, policy = critic_from_policy(checkpoint), load_policy(checkpoint)
+    critic, policy = critic_from_policy(checkpoint, 0), load_policy(checkpoint)
     ours, theirs = critic.model.base_model.state_dict(), policy.model.base_model.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -204,7 +204,7 @@ def test_a_critic_from_random_weights_is_always_the_same(init_folder: Path) -> N
     critics = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        critics.append(critic_from_policy(init_folder))
+        critics.append(critic_from_policy(init_folder, 0))
     ours, theirs = (critic.model.state_dict() for critic in critics)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

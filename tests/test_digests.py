@@ -37,7 +37,7 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     def run(stage: str, config: dict[str, Any], **inputs: Path) -> Path:
         events: list[dict[str, Any]] = []
         run_stage(request_for(stage, root / stage, config, **inputs), events.append)
-        numbers = {k: v for e in events if e["event"] == "metrics" for k, v in e["metrics"].items() if "per_second" not in k}
+        numbers = {k: v for e in events if e["event"] == "metrics" for k, v in e["metrics"].items() if "second" not in k}
         found[stage] = {"version": STAGES[stage].version, "metrics": {k: float(f"{v:.4g}") for k, v in numbers.items()}}
         return root / stage / "outputs"
 
@@ -69,6 +69,10 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     reward = run("reward_model", config, **paths)
     found["reward_model"]["columns"] = pq.read_schema(reward / "scores" / "data.parquet").names
     found["reward_model"]["files"] = sorted(path.name for path in (reward / "checkpoint").iterdir())
+    config = {"steps": 2, "batch_size": 4, "epochs": 2, "minibatches": 2, "optimizer": adamw, "critic": {"optimizer": adamw}}
+    config |= {"sampling": sampling, "runtime": RUNTIME}
+    ppo = run("ppo", config, policy=sft / "checkpoint", reward=reward / "checkpoint", prompts=data / "train")
+    found["ppo"]["columns"] = pq.read_schema(ppo / "rollouts" / "data.parquet").names
     config = {"verifier": {"name": "answer"}, "rewards": [{"name": "chain_sum"}], "sampling": sampling, "runtime": RUNTIME}
     paths = {"policy": sft / "checkpoint", "reference": init_folder, "prompts": data / "heldout"}
     evaluated = run("evaluate", config, **paths)

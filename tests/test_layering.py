@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_orchestrating_side_starts_without_torch() -> None:
     code = (
         "import sys, flows.rlhf, flows.runner, tasks.report; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run(["python", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -63,7 +64,7 @@ def test_help_needs_nothing_heavy() -> None:
         "import sys, flows.cli; flows.cli.parser().format_help(); "
         "print([m for m in ('torch', 'mlflow', 'prefect', 'pandas', 'pyarrow') if m in sys.modules])"
     )
-    done = subprocess.run(["python", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

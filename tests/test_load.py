@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from stages.data.batching import pad
 from stages.data.chat import encode, encode_prompt
 from stages.errors import InputError
-from stages.models.load import LoadedModel, LoadedPolicy, load_policy, require_same_tokens, save_policy
+from stages.models.load import (
+    LoadedModel,
+    LoadedPolicy,
+    is_classifier,
+    load_policy,
+    require_same_tokens,
+    save_checkpoint,
+    save_policy,
+)
 from stages.models.logprobs import TokenLogProbs
 from stages.objectives.likelihood import nll_loss
 
@@ -96,12 +105,48 @@ def test_a_checkpoint_holds_no_path(checkpoint: Path, tmp_path: Path) -> None:
         assert not any(isinstance(value, str) and "/" in value for value in config.values())
 
 
+def test_a_checkpoint_is_written_with_the_cache_on(checkpoint: Path, tmp_path: Path) -> None:
+    policy = load_policy(checkpoint)
+    policy.model.config.use_cache = False  # as gradient checkpointing leaves it
+    save_checkpoint(policy.model, policy.tokenizer, tmp_path / "saved")
+    assert bytes_of(tmp_path / "saved") == bytes_of(checkpoint)
+
+
+def test_what_a_loaded_model_knows(checkpoint: Path) -> None:
+    policy = load_policy(checkpoint)
+    assert isinstance(policy, LoadedModel)
+    assert (policy.pad_id, policy.stops, policy.context) == (0, (2,), 128)
+    unbounded: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=None))
+    assert LoadedModel(unbounded, policy.tokenizer, policy.stops).context == 2**31
+
+
 @pytest.mark.parametrize("files", [[], ["notes.txt"]])
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, files: list[str]) -> None:
     for name in files:
         (tmp_path / name).write_text("x")
     with pytest.raises(InputError, match=r"no model there .*found " + (files[0] if files else "nothing")):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["LlamaForSequenceClassification"], ["Other", "GPT2ForSequenceClassification"]])
+def test_a_reward_model_is_not_a_language_model(checkpoint: Path, names: list[str]) -> None:
+    assert not is_classifier(checkpoint)
+    rewrite(checkpoint, "config.json", architectures=names)
+    assert is_classifier(checkpoint)
+    with pytest.raises(InputError, match=r"checkpoint: a reward model .* where a language model is needed"):
+        load_policy(checkpoint)
+
+
+@pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM"], ["ForSequenceClassificationHead"]])
+def test_a_folder_is_a_classifiers_only_if_its_config_says_so(checkpoint: Path, names: list[str] | None) -> None:
+    rewrite(checkpoint, "config.json", architectures=names)
+    assert not is_classifier(checkpoint)
+    assert load_policy(checkpoint).stops == (2,)
+
+
+def test_folders_without_a_config_hold_no_classifier(init_folder: Path, tmp_path: Path) -> None:
+    assert not is_classifier(init_folder)
+    assert not is_classifier(tmp_path)
 
 
 def test_an_init_file_without_a_model_type_is_refused(tmp_path: Path) -> None:

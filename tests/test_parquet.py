@@ -170,3 +170,10 @@ def test_a_column_that_is_null_for_long_may_say_what_it_holds(tmp_path: Path) ->
     rows = [{"x": None}] * 4096 + [{"x": 1.5}]
     write_rows(tmp_path, rows, types={"x": pa.float64()})
     assert pq.read_table(tmp_path)["x"].to_pylist()[-1] == 1.5
+
+
+@pytest.mark.parametrize(("whole", "fraction"), [(1, 1.5), ([1], [1, 2.5])], ids=["number", "list"])
+def test_a_fraction_among_integers_is_refused_not_cut_off(tmp_path: Path, whole: Any, fraction: Any) -> None:
+    rows = [{"n": whole}] * 4096 + [{"n": fraction}]
+    with pytest.raises(InputError, match=r'row 4097: column "n" holds .*, where earlier rows hold '):
+        write_rows(tmp_path, rows)

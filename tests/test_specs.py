@@ -217,3 +217,28 @@ def test_a_schema_for_the_form_can_be_made(name: str) -> None:
     assert set(schema["properties"]) == set(STAGES[name].config.model_fields)
     assert STAGES[name].name == name
     assert STAGES[name].version >= 1
+
+
+def test_a_mapping_changes_only_what_it_names() -> None:
+    """A stage's own defaults of a shared config stay: `{lr: 1}` for a reward model keeps its cosine."""
+
+    class Leaf(Config):
+        one: int = 1
+        two: int = 2
+
+    class Branch(Config):
+        leaf: Leaf = Field(default_factory=lambda: Leaf(one=10, two=20))
+        other: int = 5
+
+    class Tree(Config):
+        branch: Branch = Field(default_factory=lambda: Branch(leaf=Leaf(one=100, two=200), other=50))
+        maybe: Branch | None = None
+
+    found = Tree.model_validate({"branch": {"leaf": {"one": 3}}, "maybe": {"other": 7}})
+    assert found.branch == Branch(leaf=Leaf(one=3, two=200), other=50)
+    assert found.maybe == Branch(leaf=Leaf(one=10, two=20), other=7)
+    assert Tree.model_validate(found.model_dump(mode="json")) == found
+    with pytest.raises(ValidationError, match=r"branch\.leaf\.three"):
+        Tree.model_validate({"branch": {"leaf": {"three": 3}}})
+    config = STAGES["reward_model"].config.model_validate({"optimizer": {"lr": 1.0}})
+    assert config.model_dump()["optimizer"]["schedule"] == "cosine"

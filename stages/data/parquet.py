@@ -52,6 +52,8 @@ class RowWriter:
             )
         try:
             table = pa.Table.from_pylist(self._group, schema=self._schema)
+            for field in self._schema:
+                _check_whole([row.get(field.name) for row in self._group], field.type)
         except MISFIT:
             raise _misfit(self._group, self._schema, self.count) from None
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
@@ -92,6 +94,13 @@ def _refuse_unknown(rows: list[dict[str, Any]], schema: pa.Schema, before: int) 
             )
 
 
+def _check_whole(values: list[Any], kind: pa.DataType) -> None:
+    """Raise ArrowInvalid for a fraction in a column of integers, or of lists of them: Arrow would cut it off without a word."""
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    if pa.types.is_integer(inner):
+        pa.array(values).cast(kind, safe=True)
+
+
 def _wrong(number: int, column: str, value: Any, kind: pa.DataType) -> InputError:
     return InputError(f'row {number}: column "{column}" holds {value!r}, where earlier rows hold {kind}')
 
@@ -101,6 +110,7 @@ def _misfit(rows: list[dict[str, Any]], schema: pa.Schema, before: int) -> Input
         for field in schema:
             try:
                 pa.array([row.get(field.name)], type=field.type)
+                _check_whole([row.get(field.name)], field.type)
             except MISFIT:
                 return _wrong(number, field.name, row.get(field.name), field.type)
     raise AssertionError("called for rows that fit")

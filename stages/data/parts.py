@@ -25,7 +25,8 @@ class Parts:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows; they are lost with the process until the next `save`."""
-        self.recent += rows
+        if self.run.rank == 0:
+            self.recent += rows
 
     def save(self, folder: Path) -> None:
         """Put all rows into the folder of a new state: earlier parts as links to the same files."""

@@ -78,15 +78,16 @@ def encode_preferences(
 
     def sequences() -> Iterator[tuple[list[int], int, int]]:
         for number, row in enumerate(rows):
+            ranked = _ranked(row, number)
             prompt = encode_prompt(tokenizer, row["prompt"])
             group: list[Member] = []
-            for place, (text, rank, truncated) in enumerate(_ranked(row, number)):
+            for place, (text, rank, truncated) in enumerate(ranked):
                 ids = encode(tokenizer, row["prompt"], text, stops).completion_ids
                 ids = ids[:-1] if truncated else ids
-                if len(prompt) + len(ids) <= max_length:
+                if 0 < len(prompt) + len(ids) <= max_length:
                     group.append((place, rank, ids))
                 else:
-                    counts["completions left out: too long"] += 1
+                    counts[f"completions left out: {'too long' if ids else 'empty'}"] += 1
             if reason := _useless(group):
                 counts[f"dropped: {reason}"] += 1
                 continue
@@ -107,23 +108,37 @@ def encode_preferences(
 
 
 def _ranked(row: Row, number: int) -> list[Ranked]:
+    """A row's completions. Raises InputError naming row and column."""
+    where = f"row {number + 1}"
+    if row.get("prompt") is None:
+        raise InputError(f'{where} has no "prompt" (it has {", ".join(row)})')
     if "chosen" in row and "rejected" in row:
-        return [
-            (row["chosen"], 1, row.get("chosen_finish") == "length"),
-            (row["rejected"], 2, row.get("rejected_finish") == "length"),
-        ]
-    if "completions" in row and "ranks" in row:
-        finishes = row.get("finishes") or [None] * len(row["completions"])
-        return [(text, rank, f == "length") for text, rank, f in zip(row["completions"], row["ranks"], finishes, strict=True)]
-    raise InputError(
-        f'row {number + 1} has neither "chosen" and "rejected" nor "completions" and "ranks" (it has {", ".join(row)}); '
-        "a reward model needs preferences"
-    )
+        names, texts, ranks = ("chosen", "rejected"), [row["chosen"], row["rejected"]], [1, 2]
+        finishes = [row.get("chosen_finish"), row.get("rejected_finish")]
+    elif "completions" in row and "ranks" in row:
+        texts, ranks = row["completions"], row["ranks"]
+        finishes, names = row.get("finishes") or [None] * len(texts), ["completions"] * len(texts)
+        if not len(texts) == len(ranks) == len(finishes):
+            raise InputError(
+                f'{where} has {len(texts)} "completions", {len(ranks)} "ranks" and {len(finishes)} "finishes"; '
+                "they must be equally many"
+            )
+    else:
+        raise InputError(
+            f'{where} has neither "chosen" and "rejected" nor "completions" and "ranks" (it has {", ".join(row)}); '
+            "a reward model needs preferences"
+        )
+    for name, text, rank in zip(names, texts, ranks, strict=True):
+        if not isinstance(text, str):
+            raise InputError(f'{where}: "{name}" must be text, it holds {text!r}')
+        if rank is None:
+            raise InputError(f'{where}: "ranks" holds nothing for one of the completions')
+    return [(text, rank, finish == "length") for text, rank, finish in zip(texts, ranks, finishes, strict=True)]
 
 
 def _useless(group: Sequence[Member]) -> str | None:
     if len(group) < 2:
-        return "too long"
+        return "fewer than two completions left"
     if len({tuple(ids) for _, _, ids in group}) < 2:
         return "equal completions"
     return "all tied" if len({rank for _, rank, _ in group}) < 2 else None

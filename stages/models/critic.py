@@ -18,9 +18,9 @@ from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, new_reward_model
 
 
-def critic_from_policy(folder: Path) -> RewardModel:
-    """A critic with the policy's backbone and a head of zeros, which expects 0 everywhere."""
-    critic = new_reward_model(folder, seed=0)
+def critic_from_policy(folder: Path, seed: int) -> RewardModel:
+    """A critic with the policy's backbone and a head of zeros, which expects 0 everywhere. `seed` is that of random weights."""
+    critic = new_reward_model(folder, seed)
     nn.init.zeros_(critic.model.score.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return critic
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from stages.data.batching import TokenBatch, pack, pad, split_by_length
@@ -92,13 +93,21 @@ def new_reward_model(folder: Path, seed: int) -> RewardModel:
             model: Any = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise InputError(f"{config.model_type}: transformers has no sequence classifier of this family") from error
+    width = _plain_head(model).in_features
     stops = list(policy.stops)
     model.config.eos_token_id = stops if len(stops) > 1 else stops[0]
     setattr(model, model.base_model_prefix, policy.model.base_model)
-    hidden = int(config.get_text_config().hidden_size)
-    model.score = nn.Linear(hidden, 1, bias=False)
-    nn.init.normal_(model.score.weight, std=(hidden + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+    head: Any = skip_init(nn.Linear, width, 1, bias=False)
+    nn.init.normal_(head.weight, std=(width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+    model.score = head
     return RewardModel(model, policy.tokenizer, policy.stops)
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise InputError(f"{model.config.model_type}: its classifier has no linear head `score` without a bias")
+    return head
 
 
 def load_reward_model(folder: Path, dtype: Dtype = "float32") -> RewardModel:
@@ -112,9 +121,7 @@ def load_reward_model(folder: Path, dtype: Dtype = "float32") -> RewardModel:
     if labels != 1:
         raise InputError(f"{folder.name}: a classifier of {labels} labels; a reward model has one, its score")
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise InputError(f"{model.config.model_type}: its classifier has no linear head `score` without a bias")
+    _plain_head(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ensure_pad_token(tokenizer, model)
     model.to(dtype=DTYPES[dtype])
@@ -123,6 +130,8 @@ def load_reward_model(folder: Path, dtype: Dtype = "float32") -> RewardModel:
 
 def save_reward_model(reward: RewardModel, folder: Path) -> None:
     """Write a checkpoint that `AutoModelForSequenceClassification` loads."""
+    # Families with absolute positions score wrongly what is padded on the left, as for generation.
+    reward.tokenizer.padding_side = "right"
     save_checkpoint(reward.model, reward.tokenizer, folder)
 
 
@@ -162,12 +171,12 @@ def check_scores(reward: RewardModel, packed: bool) -> None:
     model, was_training = reward.model, reward.model.training
     model.eval()
     others = [token for token in range(model.config.get_text_config().vocab_size) if token != reward.pad_id][:12]
-    sequences = [np.array(others[:7]), np.array(others[5:])]
+    sequences = [np.array(others[:7]), np.array(others[7:])]
     expected_B = torch.cat([model(input_ids=torch.from_numpy(ids)[None].to(model.device)).logits[:, 0] for ids in sequences])
     for build in (pad, pack) if packed else (pad,):
         batch = build(sequences, [1, 1], reward.pad_id, (0, 1)).to(model.device)  # pyright: ignore[reportArgumentType]
         error = float((SequenceScores(model)(batch) - expected_B.float()).abs().max())
-        if error > 0.01:
+        if not error <= 1e-3 * max(1.0, float(expected_B.abs().max())):
             what = "packed sequences: set runtime.packed to false" if build is pack else "scores: this family is not supported"
             raise InputError(f"{model.config.model_type}: wrong by {error:.2g} in its {what}")
     model.train(was_training)

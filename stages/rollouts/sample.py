@@ -16,6 +16,11 @@ Row = dict[str, Any]
 RECORDED = ("step", "sample", "completion", "length", "finish", "policy")
 
 
+def of_one_sample(column: str) -> bool:
+    """Whether a column of a rollouts dataset tells of one sample, not of its prompt."""
+    return column in (*RECORDED, "reward", "kl", "advantage") or column.startswith("rewards.")
+
+
 @dataclass(frozen=True)
 class Sample:
     """A row, its tokenised prompt, and one completion of it as tokens and as text (without EOS)."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.artifacts import Kind, digest_of
 
@@ -14,9 +14,21 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
 class Config(BaseModel):
-    """A frozen config that refuses unknown keys. Every field is identity unless it is marked with `OPERATIONAL`."""
+    """A frozen config that refuses unknown keys. Every field is identity unless it is marked with `OPERATIONAL`.
+
+    A mapping given for a field that is a config changes only what it names: the rest stays what the field's default says, which
+    may differ from the defaults of that config's class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
+        return {name: _laid_over(defaults.get(name), value) for name, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
         """The fields that can change the result, as JSON values; operational ones are left out at every depth."""
@@ -25,6 +37,13 @@ class Config(BaseModel):
             for name, field in type(self).model_fields.items()
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
         }
+
+
+def _laid_over(default: Any, given: Any) -> Any:
+    if not isinstance(default, Config) or not isinstance(given, dict):
+        return given
+    kept = {name: getattr(default, name) for name in type(default).model_fields}
+    return kept | {name: _laid_over(kept.get(name), value) for name, value in given.items()}
 
 
 def _identity(value: Any) -> Any:
@@ -96,12 +115,3 @@ class Runtime(Config):
     generation_batch: int = Field(default=256, ge=1, title="Generation batch", description="Sequences generated side by side.")
     save_every: int = Field(default=200, ge=1, title="Save every", description="Steps between resume states.")
     log_every: int = Field(default=10, ge=1, title="Log every", description="Steps between logged metrics.")
-
-
-class RolloutRuntime(Runtime):
-    """For stages that sample: their steps are long, and few."""
-
-    save_every: int = Field(
-        default=10, ge=1, title="Save every", description="Steps, or batches of prompts, between resume states."
-    )
-    log_every: int = Field(default=1, ge=1, title="Log every", description="Steps between logged metrics.")

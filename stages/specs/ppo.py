@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.specs.base import OPERATIONAL, Config, Port, RolloutRuntime, StageSpec
+from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, Optimizer, Sampling
 
 
@@ -99,8 +99,8 @@ class PpoConfig(Config):
         title="Compute type",
         description="bfloat16 multiplies matrices in it; weights, optimizer, log-probs, values and losses stay float32.",
     )
-    runtime: RolloutRuntime = Field(
-        default_factory=RolloutRuntime,
+    runtime: Runtime = Field(
+        default_factory=lambda: Runtime(save_every=10, log_every=1),
         title="Runtime",
         description="Use of the machine; not identity.",
         json_schema_extra=OPERATIONAL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from stages.specs.base import OPERATIONAL, Config, Port, RolloutRuntime, StageSpec
+from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, Sampling
 
 
@@ -20,8 +20,8 @@ class SampleConfig(Config):
     dtype: Dtype = Field(
         default="float32", title="Weights' type", description="Type the policy is loaded in; log-probs are float32 always."
     )
-    runtime: RolloutRuntime = Field(
-        default_factory=RolloutRuntime,
+    runtime: Runtime = Field(
+        default_factory=lambda: Runtime(save_every=10),
         title="Runtime",
         description="Use of the machine; not identity.",
         json_schema_extra=OPERATIONAL,

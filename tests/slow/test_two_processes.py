@@ -12,26 +12,54 @@ from typing import Any
 import pytest
 from conftest import ROOT, request_for  # pyright: ignore[reportMissingImports]
 
+from stages.data.chain_sum import bare, worked
+
 pytestmark = pytest.mark.slow
+Row = dict[str, Any]
+# So few tokens that the ranks have several micro-batches each, and not equally many.
+RUNTIME = {"device": "cpu", "threads": 1, "micro_batch_tokens": 70, "save_every": 3, "log_every": 1}
 
 
-def losses(folder: Path) -> dict[str, list[float]]:
+def metrics(folder: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
     """Each metric of interest in the order in which it was logged."""
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     logged = [event["metrics"] for event in lines if event["event"] == "metrics"]
-    names = ("loss", "grad_norm", "heldout_loss_before", "heldout_loss")
     return {name: [values[name] for values in logged if name in values] for name in names}
 
 
+def assert_alike(
+    stage: str, config: Row, inputs: dict[str, Path], folder: Path, lengths: dict[str, int], many: int = 2
+) -> None:
+    """Run a stage on one process and on many: each metric named in `lengths` has so many values, and the same ones."""
+    found = {}
+    for processes in (1, many):
+        request = request_for(stage, folder / f"{processes} processes", config | {"runtime": RUNTIME}, **inputs)
+        request.folder.mkdir()
+        file = request.folder / "request.json"
+        file.write_text(request.model_dump_json())
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "stages"]
+        with subprocess.Popen([sys.executable, *launcher, str(file)], cwd=ROOT) as child:
+            try:
+                assert child.wait(timeout=200) == 0
+            finally:
+                child.terminate()  # Ranks that wait for each other for ever end with their launcher.
+        found[processes] = metrics(request.folder, tuple(lengths))
+        assert (request.folder / "outputs.json").is_file()
+        assert {name: len(values) for name, values in found[processes].items()} == lengths
+    for name, values in found[1].items():
+        assert found[many][name] == pytest.approx(values, abs=1e-5), name
+
+
 # The second case: one rank has no row of a step's batch, nor of the held-out rows, and the head has weights of its own.
-@pytest.mark.parametrize(("batch_size", "heldout_rows"), [(10, 11), (1, 1)])
+@pytest.mark.parametrize(("batch_size", "heldout_rows", "epochs"), [(10, 11, 2), (1, 1, 1)])
 def test_two_processes_give_the_losses_of_one(
     init_folder: Path,
-    chain_rows: list[dict[str, Any]],
+    chain_rows: list[Row],
     dataset: Callable[..., Path],
     tmp_path: Path,
     batch_size: int,
     heldout_rows: int,
+    epochs: int,
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -39,7 +67,7 @@ def test_two_processes_give_the_losses_of_one(
     assert "tie_word_embeddings: true" in spec
     (model / "init.yaml").write_text(spec.replace("tie_word_embeddings: true", "tie_word_embeddings: false"))
     inputs = {"model": model, "train": dataset(chain_rows[:32], "train"), "heldout": dataset(chain_rows[32:], "heldout")}
-    config: dict[str, Any] = {
+    config: Row = {
         "steps": 6,
         "batch_size": batch_size,
         "max_length": 96,
@@ -47,20 +75,34 @@ def test_two_processes_give_the_losses_of_one(
         "generations": 4,
         "optimizer": {"lr": 1e-2},
         "sampling": {"max_new_tokens": 4},
-        # So few tokens that the ranks have several micro-batches each, and not equally many.
-        "runtime": {"device": "cpu", "threads": 1, "micro_batch_tokens": 70, "save_every": 3, "log_every": 1},
     }
-    found = {}
-    for processes in (1, 2):
-        request = request_for("sft", tmp_path / f"{processes} processes", config, **inputs)
-        request.folder.mkdir()
-        file = request.folder / "request.json"
-        file.write_text(request.model_dump_json())
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "stages"]
-        subprocess.run([sys.executable, *launcher, str(file)], cwd=ROOT, check=True, timeout=300)
-        found[processes] = losses(request.folder)
-        assert (request.folder / "outputs.json").is_file()
-        assert len(found[processes]["loss"]) == 6
-        assert len(found[processes]["heldout_loss_before"]) == 1
-    for name, values in found[1].items():
-        assert found[2][name] == pytest.approx(values, abs=1e-5), name
+    lengths = {"loss": 6, "grad_norm": 6, "heldout_loss_before": 1, "heldout_loss": epochs}
+    assert_alike("sft", config, inputs, tmp_path, lengths)
+
+
+# With a batch of one, one rank has no row of it; of three ranks, one has no held-out completion either.
+@pytest.mark.parametrize(
+    ("form", "batch_size", "held", "many"),
+    [("pairs", 10, 11, 2), ("rankings", 10, 11, 2), ("rankings", 1, 1, 2), ("pairs", 1, 1, 3)],
+)
+def test_a_reward_model_on_many_processes_is_that_of_one(
+    init_folder: Path,
+    chain_rows: list[Row],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    form: str,
+    batch_size: int,
+    held: int,
+    many: int,
+) -> None:
+    rows = []
+    for row in chain_rows:
+        texts = [worked(row["problem"]), bare(30), bare(40)]
+        ranking = {"completions": texts, "ranks": [1, 3, 2]}
+        rows.append({"prompt": row["prompt"]} | ({"chosen": texts[0], "rejected": texts[1]} if form == "pairs" else ranking))
+    inputs = {"model": init_folder, "train": dataset(rows[:32], "train"), "heldout": dataset(rows[32 : 32 + held], "heldout")}
+    config: Row = {"steps": 6, "batch_size": batch_size, "max_length": 96, "optimizer": {"lr": 1e-2}, "bootstrap": 200}
+    measured = 6 // -(-32 // batch_size) + 1
+    lengths = {"loss": 6, "grad_norm": 6, "heldout_loss_before": 1, "pair_accuracy_before": 1}
+    lengths |= {"heldout_loss": measured, "pair_accuracy": measured}
+    assert_alike("reward_model", config, inputs, tmp_path, lengths, many)
