@@ -1,4 +1,4 @@
-"""Two processes under torchrun on the CPU train as one process does (contract 8)."""
+"""Several processes under torchrun on the CPU train as one process does (contract 8)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, request_for  # pyright: ignore[reportMissingImports]
 
 from stages.data.chain_sum import bare, worked
+from stages.models.reward import new_reward_model, save_reward_model
 
 pytestmark = pytest.mark.slow
 Row = dict[str, Any]
@@ -106,3 +107,21 @@ def test_a_reward_model_on_many_processes_is_that_of_one(
     lengths = {"loss": 6, "grad_norm": 6, "heldout_loss_before": 1, "pair_accuracy_before": 1}
     lengths |= {"heldout_loss": measured, "pair_accuracy": measured}
     assert_alike("reward_model", config, inputs, tmp_path, lengths, many)
+
+
+# With a batch of three in two minibatches, one rank has no completion of a minibatch.
+@pytest.mark.parametrize("batch_size", [10, 3])
+def test_ppo_on_two_processes_is_that_of_one(
+    init_folder: Path, chain_rows: list[Row], dataset: Callable[..., Path], tmp_path: Path, batch_size: int
+) -> None:
+    reward = new_reward_model(init_folder, seed=1)
+    reward.calibrate(0.3, 1.5)
+    (tmp_path / "reward").mkdir()
+    save_reward_model(reward, tmp_path / "reward")
+    inputs = {"policy": init_folder, "reward": tmp_path / "reward", "prompts": dataset(chain_rows[:20], "prompts")}
+    rate = {"lr": 1e-2, "warmup": 0.0}
+    config: Row = {"steps": 4, "batch_size": batch_size, "epochs": 2, "minibatches": 2, "sampling": {"max_new_tokens": 8}}
+    config |= {"optimizer": rate, "critic": {"optimizer": rate}, "bootstrap": "value", "entropy_bonus": 0.01}
+    names = ("reward", "kl", "entropy", "explained_variance", "length", "truncated", "policy_loss", "value_loss", "grad_norm")
+    names += ("critic_grad_norm", "clip_fraction", "ratio_max", "old_policy_kl", "old_policy_kl_coefficient")
+    assert_alike("ppo", config | {"trust_region": "adaptive_kl"}, inputs, tmp_path, dict.fromkeys(names, 4))
