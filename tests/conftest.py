@@ -69,3 +69,17 @@ def request_for(stage: str, folder: Path, config: dict[str, Any], **inputs: Path
     given = {name: InputFolder(path=path, digest=f"digest of {name}") for name, path in inputs.items()}
     key = spec.key(parsed, {name: one.digest for name, one in given.items()})
     return Request(stage=stage, config=parsed.model_dump(mode="json"), inputs=given, folder=folder, key=key)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+    """The list that fills with every batch which a module's generator function makes from now on."""
+    seen: list[Any] = []
+    original = getattr(module, name)
+
+    def record(*arguments: Any) -> Any:
+        for batch in original(*arguments):
+            seen.append(batch)
+            yield batch
+
+    monkeypatch.setattr(module, name, record)
+    return seen

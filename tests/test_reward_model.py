@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, request_for
+from conftest import ROOT, recorded, request_for
 from safetensors.torch import load_file
 from test_sft import CrashError, Rows, counts, digests, events, last_state, metrics, sequences_in
 from torch.nn.utils.rnn import pad_sequence
@@ -106,16 +106,7 @@ def reward(init_folder: Path) -> RewardModel:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[TokenBatch]:
     """Every micro-batch that the stage trains on."""
-    seen: list[TokenBatch] = []
-    original = stages.reward_model.preference_batches
-
-    def record(*arguments: Any) -> Any:
-        for batch in original(*arguments):
-            seen.append(batch)
-            yield batch
-
-    monkeypatch.setattr(stages.reward_model, "preference_batches", record)
-    return seen
+    return recorded(monkeypatch, stages.reward_model, "preference_batches")
 
 
 def trained(batches: list[TokenBatch]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, request_for
+from conftest import ROOT, recorded, request_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,16 +93,7 @@ def policy(init_folder: Path) -> LoadedPolicy:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[TokenBatch]:
     """Every micro-batch that the stage makes."""
-    seen: list[TokenBatch] = []
-    original = stages.sft.micro_batches
-
-    def record(*arguments: Any) -> Any:
-        for batch in original(*arguments):
-            seen.append(batch)
-            yield batch
-
-    monkeypatch.setattr(stages.sft, "micro_batches", record)
-    return seen
+    return recorded(monkeypatch, stages.sft, "micro_batches")
 
 
 def sequences_in(batches: list[TokenBatch]) -> dict[int, tuple[list[int], list[int]]]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.data.batching import TokenBatch
+from stages.models.backbone import hidden_states
 from stages.models.load import LoadedPolicy
 from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, new_reward_model
@@ -35,12 +36,7 @@ class TokenValues(nn.Module):
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """values_BT: float32; at a target, the value of what stands before it; 0 elsewhere."""
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.attention_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = hidden_states(self.model, batch)
         where = batch.target_BT[:, 1:].bool()
         head: Any = self.model.score
         with torch.autocast(hidden_BTH.device.type, enabled=False):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.data.batching import TokenBatch, pack, pad
 from stages.errors import InputError
+from stages.models.backbone import hidden_states
 from stages.objectives.policy import entropy_BT
 
 # Float32 logits of one chunk: 256 MiB.
@@ -36,12 +37,7 @@ class TokenLogProbs(nn.Module):
 
     def with_entropy(self, batch: TokenBatch, temperature: float, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """logp_BT, and entropy_BT: that of the distribution from which each target is drawn; zeros when not asked for."""
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.attention_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = hidden_states(self.model, batch)
         where = batch.target_BT[:, 1:].bool()
         hidden_NH, ids_N = hidden_BTH[:, :-1][where], batch.ids_BT[:, 1:][where]
         found_2BT = torch.zeros((2, *batch.ids_BT.shape), dtype=torch.float32, device=ids_N.device)

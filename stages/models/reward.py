@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from stages.data.batching import TokenBatch, pack, pad, split_by_length
 from stages.data.chat import encode, stop_ids
 from stages.errors import InputError
+from stages.models.backbone import hidden_states
 from stages.models.load import DTYPES, LoadedModel, is_classifier, load_policy, save_checkpoint
 from stages.models.tokenizers import ensure_pad_token
 from stages.specs.common import Dtype
@@ -56,12 +57,7 @@ class SequenceScores(nn.Module):
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """scores_B, float32: the head at each sequence's last token, whatever token that is."""
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.attention_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = hidden_states(self.model, batch)
         head: Any = self.model.score
         # Autocast would round scores to bfloat16's 8 bits, in which near pairs become ties.
         with torch.autocast(hidden_BTH.device.type, enabled=False):

@@ -1,0 +1,18 @@
+"""The backbone of a model on a batch: what every head reads."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.data.batching import TokenBatch
+
+
+def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
+    """hidden_BTH: the last hidden states of a causal model's backbone, whatever head stands on it."""
+    return model.base_model(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.attention_BT,
+        position_ids=batch.position_ids_BT,
+        use_cache=False,
+    ).last_hidden_state
