@@ -195,11 +195,18 @@ def test_a_form_of_a_config_is_not_too_long(config: type[Config]) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_json_keeps_config_and_key(name: str) -> None:
     spec = STAGES[name]
+    kept = 0
     for path, config in [("", base(name)), *other_values(base(name))]:
+        try:
+            spec.config.model_validate(config.model_dump())
+        except ValidationError:
+            continue  # A value that its own field takes, but the stage does not: PPO cannot draw at temperature 0.
+        kept += 1
         for again in (json.loads(config.model_dump_json()), json.loads(json.dumps(config.model_dump(mode="json")))):
             parsed = spec.config.model_validate(again)
             assert parsed == config, path
             assert key(spec, parsed) == key(spec, config), path
+    assert kept > 10
 
 
 def test_numbers_written_in_two_ways_are_one_value() -> None:

@@ -134,7 +134,8 @@ def save_reward_model(reward: RewardModel, folder: Path) -> None:
 @torch.no_grad()
 def raw_scores(module: nn.Module, reward: RewardModel, sequences: Sequence[np.ndarray], max_tokens: int) -> np.ndarray:
     """raw_B, float64: the score of each sequence of token ids, in their order, in eval mode."""
-    was_training, scores_B = module.training, np.zeros(len(sequences))
+    # The model's own mode: a wrapper made for this call alone would say that it trains.
+    was_training, scores_B = reward.model.training, np.zeros(len(sequences))
     module.eval()
     for group in split_by_length([len(ids) for ids in sequences], max_tokens):
         batch = pad([sequences[i] for i in group], [1] * len(group), reward.pad_id, tuple(group))

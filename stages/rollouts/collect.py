@@ -61,16 +61,17 @@ def collect(
         numbers.append(seen[row["id"]])
         seen[row["id"]] += 1
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    samples, _ = sample_rows(
-        policy,
-        [rows[place] for place in mine],
-        sampling,
-        seed=seed,
-        step=step,
-        numbers=[numbers[place] for place in mine],
-        batch_size=runtime.generation_batch,
-        progress=progress,
-    )
+    with accelerator.autocast():
+        samples, _ = sample_rows(
+            policy,
+            [rows[place] for place in mine],
+            sampling,
+            seed=seed,
+            step=step,
+            numbers=[numbers[place] for place in mine],
+            batch_size=runtime.generation_batch,
+            progress=progress,
+        )
     found: list[Any] = gather_object(list(zip(mine, samples, strict=True)))
     return Rollouts([sample for _, sample in sorted(found, key=lambda pair: pair[0])])
 

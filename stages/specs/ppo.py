@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, Optimizer, Sampling
@@ -105,6 +105,14 @@ class PpoConfig(Config):
         description="Use of the machine; not identity.",
         json_schema_extra=OPERATIONAL,
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> PpoConfig:
+        if self.minibatches > self.batch_size:
+            raise ValueError(f"minibatches ({self.minibatches}) cannot be more than batch_size ({self.batch_size})")
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ValueError("sampling must draw from the policy itself: a temperature above 0, top_p 1 and top_k 0")
+        return self
 
 
 SPEC = StageSpec(
