@@ -99,7 +99,7 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
 
     def by_model(rows: Sequence[Row]) -> list[float | None]:
         raw_B = score_rows(module, learned, rows, learned.context, config.runtime.micro_batch_tokens)
-        return [None if math.isnan(one) else one for one in learned.rewards(raw_B).tolist()]
+        return [one if math.isfinite(one) else None for one in learned.rewards(raw_B).tolist()]
 
     return by_model
 

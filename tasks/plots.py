@@ -28,7 +28,7 @@ def reward_against_kl(store: Store, run_id: str, title: str, path: Path) -> Path
     axes.plot(x, y, color="0.8", linewidth=1, zorder=1)
     points = axes.scatter(x, y, c=steps, cmap="viridis", s=18, zorder=2)
     figure.colorbar(points, label="step")
-    axes.set(title=title, xlabel="KL from the reference (nats a completion)", ylabel="reward (reward model)")
+    axes.set(title=title, xlabel="KL from the reference (nats a completion)", ylabel="reward (less penalties)")
     # The file under its name says that all is done.
     draft = path.parent / f".draft-{run_id}" / path.name
     draft.parent.mkdir(parents=True, exist_ok=True)

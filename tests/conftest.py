@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[An
 
     monkeypatch.setattr(module, name, record)
     return seen
+
+
+def kill_child(request: Request, reached: Callable[[], bool]) -> list[str]:
+    """Start a stage as a process of its own, kill it with -9 once it has `reached`; the command that starts it again."""
+    request.folder.mkdir()
+    file = request.folder / "request.json"
+    file.write_text(request.model_dump_json())
+    command = [sys.executable, "-m", "stages", str(file)]
+    with subprocess.Popen(command, cwd=ROOT) as child:
+        deadline = time.monotonic() + 120
+        while not reached() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.kill()
+    assert child.returncode == -9
+    assert not (request.folder / "outputs.json").exists()
+    return command

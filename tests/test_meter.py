@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rollouts import on_ranks
+from test_collect import on_ranks
 
 from stages.specs.base import Runtime
 from stages.training.meter import Meter

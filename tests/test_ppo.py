@@ -1,12 +1,9 @@
-"""PPO through its request: every number against plain transformers, its gradient, its trust regions, and resuming."""
+"""PPO through its request: every number against plain transformers, its gradient, its trust regions, what it refuses."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-import time
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import INIT, ROOT, request_for
+from conftest import INIT, request_for
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -58,11 +55,9 @@ def folder(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def four_models(init_folder: Path, root: Path) -> Folders:
     """Four models of other weights each, of which the policy ends about half of its completions of 8 tokens; and nine
     prompts for batches of six: the second batch crosses the end of an epoch."""
-    root = tmp_path_factory.mktemp("models")
     found = {name: folder(root / name) for name in ("policy", "reference", "reward", "critic")}
     for name, seed in (("policy", 0), ("reference", 7)):
         policy: Any = load_policy(init_folder, seed=seed)
@@ -73,6 +68,11 @@ def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fold
         reward.calibrate(bias, scale)
         save_reward_model(reward, found[name])
     return found | {"init": init_folder, "prompts": folder(root / "prompts", ROWS)}
+
+
+@pytest.fixture(scope="module")
+def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return four_models(init_folder, tmp_path_factory.mktemp("models"))
 
 
 def train(folders: Folders, path: Path, listener: Listener | None = None, **changes: Any) -> Run:
@@ -530,130 +530,6 @@ def test_prompts_that_do_not_fit_are_dropped_and_counted(bench: Bench) -> None:
         with pytest.raises(InputError, match=f"all {count} prompts fill the context.*sampling.max_new_tokens"):
             bench.train(str(count), inputs=given | {"prompts": last})
     assert bench.sampled == [0, 0, 0]
-
-
-# Resuming: the same bytes whenever the stage dies.
-
-LONG: dict[str, Any] = {"steps": 3, "batch_size": 4, "trust_region": "adaptive_kl", "old_policy_kl": {"target": 1e-4}}
-LONG["optimizer"] = {"schedule": "linear"}
-
-
-class CrashError(Exception):
-    """Raised in the place of a crash."""
-
-
-@pytest.fixture(scope="module")
-def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing interrupts."""
-    return train(folders, tmp_path_factory.mktemp("whole"), **LONG)
-
-
-def same(run: Run, expected: Run) -> bool:
-    return digests(run) == digests(expected) and metrics(run) == metrics(expected)
-
-
-def test_the_same_config_gives_the_same_bytes(bench: Bench, whole: Run) -> None:
-    names = {"checkpoint/model.safetensors", "critic/model.safetensors", "rollouts/data.parquet"}
-    assert names <= digests(whole).keys()
-    assert same(bench.train("again", **LONG), whole)
-    changed = digests(bench.train("other", seed=1, **LONG))
-    assert all(changed[name] != digests(whole)[name] for name in names)
-    assert series(whole, "old_policy_kl_coefficient") == [1.0, 2.0, 4.0]
-    assert series(whole, "lr") == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
-    assert [(event["done"], event["total"]) for event in events(whole, "progress")] == [(1, 3), (2, 3), (3, 3)]
-
-
-# Each step fails once at a place. With save_every 1 there is a state after each sampling and after each step's updates; with 2
-# for the second and the last step alone: until there is one, the stage starts anew. Then the steps that are sampled.
-CRASHES = [
-    ("collect", 1, [0, 1, 2]),
-    ("_judge", 1, [0, 0, 1, 1, 2, 2]),
-    ("optimization_step", 1, [0, 1, 2]),
-    ("state", 1, [0, 1, 2]),
-]
-CRASHES += [("collect", 2, [0, 0, 1, 2]), ("_judge", 2, [0, 0, 1, 0, 1, 2, 2]), ("optimization_step", 2, [0, 0, 1, 2])]
-
-
-@pytest.mark.parametrize(("place", "save_every", "sampled"), [*CRASHES, ("state", 2, [0, 1, 2])])
-def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
-    bench: Bench, whole: Run, place: str, save_every: int, sampled: list[int]
-) -> None:
-    calls: Counter[Any] = Counter()
-    at = {"collect": 5, "_judge": 2}.get(place, 7)
-
-    def crash(*given: Any) -> None:
-        step = given[7]().split(",")[0] if at == 7 else given[at]
-        calls[step] += 1
-        if calls[step] == (3 if at == 7 else 1):
-            raise CrashError
-
-    def heard(event: Event) -> None:
-        if place == event["event"] == "state":
-            raise CrashError
-
-    if place != "state":
-        bench.spy(place, before=crash)
-    run, crashes = None, 0
-    while run is None and crashes < 10:
-        try:
-            run = bench.train("run", heard, runtime={"save_every": save_every}, **LONG)
-        except CrashError:
-            crashes += 1
-            torch.manual_seed(1234)
-    assert run is not None
-    saved = [event["step"] for event in events(run, "state")]
-    assert saved == ([0, 1, 1, 2, 2, 3] if save_every == 1 else [1, 2, 2, 3])
-    assert crashes == (len(saved) if place == "state" else 3)
-    assert same(run, whole)
-    assert bench.sampled == sampled
-
-
-def test_killed_children_resume_to_the_same_bytes(bench: Bench, whole: Run) -> None:
-    config, left = merged(merged(CONFIG, LONG), {"runtime": {"save_every": 1}}), []
-    inputs = {port: bench.folders[port] for port in ("policy", "reward", "prompts")}
-    requests = {states: request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)}
-    children = {}
-    for states, request in requests.items():
-        (request.folder / "request.json").write_text(request.model_dump_json())
-        command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
-        children[states] = subprocess.Popen(command, cwd=ROOT)
-    # One is killed between its updates, after the first state; one while it samples, after the second.
-    deadline = time.monotonic() + 120
-    while any(child.returncode is None for child in children.values()) and time.monotonic() < deadline:
-        time.sleep(0.002)
-        for states, child in children.items():
-            told = requests[states].folder / "events.jsonl"
-            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= states:
-                child.kill()
-                child.wait()
-    for states, request in requests.items():
-        assert children[states].returncode == -9
-        # The completions that are in the state are not sampled again.
-        state = max((request.folder / "state").glob("step-*"))
-        left += range(int(state.name[5:13]) + (state / "rollouts.json").is_file(), 3)
-        assert digests(run_stage(request)) == digests(whole)
-    assert bench.sampled == left
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(bench: Bench, whole: Run) -> None:
-    original = stages.ppo.value_loss
-    often: dict[str, Any] = LONG | {"runtime": {"save_every": 1}}
-    with bench.patch.context() as patch:
-        patch.setattr(stages.ppo, "value_loss", lambda *given: original(*given) * (math.nan if len(bench.updates) == 7 else 1))
-        with pytest.raises(InputError, match="loss is nan") as caught:
-            bench.train(**often)
-    # The third of four updates of the second step.
-    last, moment = bench.updates[-1], bench.moments[-1]
-    head, names = str(caught.value).split("]")[0].split("[")
-    assert head == "step 2, prompts "
-    rows = [moment.rollouts.samples[index].row for index in last.chosen]
-    assert sorted(names.replace("'", "").split(", ")) == sorted(row["id"] for row in rows)
-    for now, before in ((moment.loop.policy.model, last.policy), (moment.loop.critic.model, last.critic)):
-        assert all(torch.equal(one, other) for one, other in zip(now.parameters(), before.parameters(), strict=True))
-    [state] = (bench.path / "run" / "state").iterdir()
-    assert state.name.startswith("step-00000001")
-    assert not (bench.path / "run" / "outputs.json").exists()
-    assert same(bench.train(**often), whole)
 
 
 @pytest.mark.parametrize(

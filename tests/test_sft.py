@@ -6,15 +6,13 @@ import json
 import math
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, recorded, request_for
+from conftest import ROOT, kill_child, recorded, request_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -379,19 +377,8 @@ def last_state(folder: Path) -> int:
 def test_a_killed_child_resumes_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
     expected = run_stage(request_for("sft", tmp_path / "whole", config(**LONG), **inputs))
     request = request_for("sft", tmp_path / "killed", config(**LONG), **inputs)
-    request.folder.mkdir()
-    file = request.folder / "request.json"
-    file.write_text(request.model_dump_json())
-    command = [sys.executable, "-m", "stages", str(file)]
-
-    with subprocess.Popen(command, cwd=ROOT) as child:
-        deadline = time.monotonic() + 120
-        while last_state(request.folder) < 5 and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        child.kill()
-    assert child.returncode == -9
+    command = kill_child(request, lambda: last_state(request.folder) >= 5)
     assert 5 <= last_state(request.folder) < 40
-    assert not (request.folder / "outputs.json").exists()
 
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     killed = Run(request.folder, {})

@@ -1,0 +1,153 @@
+"""PPO dies in any phase of any step, and ends in the bytes of a run that did not."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, request_for
+from test_ppo import CONFIG, Bench, Folders, digests, events, folder, four_models, merged, metrics, series, train
+
+import stages.ppo
+from stages.errors import InputError
+from stages.request import run_stage
+from stages.run import Event, Run
+
+
+@pytest.fixture(scope="module")
+def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return four_models(init_folder, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def bench(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(folders, tmp_path, monkeypatch)
+
+
+LONG: dict[str, Any] = {"steps": 3, "batch_size": 4, "trust_region": "adaptive_kl", "old_policy_kl": {"target": 1e-4}}
+LONG["optimizer"] = {"schedule": "linear"}
+
+
+class CrashError(Exception):
+    """Raised in the place of a crash."""
+
+
+@pytest.fixture(scope="module")
+def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing interrupts."""
+    return train(folders, tmp_path_factory.mktemp("whole"), **LONG)
+
+
+def same(run: Run, expected: Run) -> bool:
+    return digests(run) == digests(expected) and metrics(run) == metrics(expected)
+
+
+def test_the_same_config_gives_the_same_bytes(bench: Bench, whole: Run) -> None:
+    names = {"checkpoint/model.safetensors", "critic/model.safetensors", "rollouts/data.parquet"}
+    assert names <= digests(whole).keys()
+    assert same(bench.train("again", **LONG), whole)
+    changed = digests(bench.train("other", seed=1, **LONG))
+    assert all(changed[name] != digests(whole)[name] for name in names)
+    assert series(whole, "old_policy_kl_coefficient") == [1.0, 2.0, 4.0]
+    assert series(whole, "lr") == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+    assert [(event["done"], event["total"]) for event in events(whole, "progress")] == [(1, 3), (2, 3), (3, 3)]
+
+
+# Each step fails once at a place. With save_every 1 there is a state after each sampling and after each step's updates; with 2
+# for the second and the last step alone: until there is one, the stage starts anew. Then the steps that are sampled.
+CRASHES = [
+    ("collect", 1, [0, 1, 2]),
+    ("_judge", 1, [0, 0, 1, 1, 2, 2]),
+    ("optimization_step", 1, [0, 1, 2]),
+    ("state", 1, [0, 1, 2]),
+]
+CRASHES += [("collect", 2, [0, 0, 1, 2]), ("_judge", 2, [0, 0, 1, 0, 1, 2, 2]), ("optimization_step", 2, [0, 0, 1, 2])]
+
+
+@pytest.mark.parametrize(("place", "save_every", "sampled"), [*CRASHES, ("state", 2, [0, 1, 2])])
+def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
+    bench: Bench, whole: Run, place: str, save_every: int, sampled: list[int]
+) -> None:
+    calls: Counter[Any] = Counter()
+    at = {"collect": 5, "_judge": 2}.get(place, 7)
+
+    def crash(*given: Any) -> None:
+        step = given[7]().split(",")[0] if at == 7 else given[at]
+        calls[step] += 1
+        if calls[step] == (3 if at == 7 else 1):
+            raise CrashError
+
+    def heard(event: Event) -> None:
+        if place == event["event"] == "state":
+            raise CrashError
+
+    if place != "state":
+        bench.spy(place, before=crash)
+    run, crashes = None, 0
+    while run is None and crashes < 10:
+        try:
+            run = bench.train("run", heard, runtime={"save_every": save_every}, **LONG)
+        except CrashError:
+            crashes += 1
+            torch.manual_seed(1234)
+    assert run is not None
+    saved = [event["step"] for event in events(run, "state")]
+    assert saved == ([0, 1, 1, 2, 2, 3] if save_every == 1 else [1, 2, 2, 3])
+    assert crashes == (len(saved) if place == "state" else 3)
+    assert same(run, whole)
+    assert bench.sampled == sampled
+
+
+def test_killed_children_resume_to_the_same_bytes(bench: Bench, whole: Run) -> None:
+    config, left = merged(merged(CONFIG, LONG), {"runtime": {"save_every": 1}}), []
+    inputs = {port: bench.folders[port] for port in ("policy", "reward", "prompts")}
+    requests = {states: request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)}
+    children = {}
+    for states, request in requests.items():
+        (request.folder / "request.json").write_text(request.model_dump_json())
+        command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
+        children[states] = subprocess.Popen(command, cwd=ROOT)
+    # One is killed between its updates, after the first state; one while it samples, after the second.
+    deadline = time.monotonic() + 120
+    while any(child.returncode is None for child in children.values()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+        for states, child in children.items():
+            told = requests[states].folder / "events.jsonl"
+            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= states:
+                child.kill()
+                child.wait()
+    for states, request in requests.items():
+        assert children[states].returncode == -9
+        # The completions that are in the state are not sampled again.
+        state = max((request.folder / "state").glob("step-*"))
+        left += range(int(state.name[5:13]) + (state / "rollouts.json").is_file(), 3)
+        assert digests(run_stage(request)) == digests(whole)
+    assert bench.sampled == left
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(bench: Bench, whole: Run) -> None:
+    original = stages.ppo.value_loss
+    often: dict[str, Any] = LONG | {"runtime": {"save_every": 1}}
+    with bench.patch.context() as patch:
+        patch.setattr(stages.ppo, "value_loss", lambda *given: original(*given) * (math.nan if len(bench.updates) == 7 else 1))
+        with pytest.raises(InputError, match="loss is nan") as caught:
+            bench.train(**often)
+    # The third of four updates of the second step.
+    last, moment = bench.updates[-1], bench.moments[-1]
+    head, names = str(caught.value).split("]")[0].split("[")
+    assert head == "step 2, prompts "
+    rows = [moment.rollouts.samples[index].row for index in last.chosen]
+    assert sorted(names.replace("'", "").split(", ")) == sorted(row["id"] for row in rows)
+    for now, before in ((moment.loop.policy.model, last.policy), (moment.loop.critic.model, last.critic)):
+        assert all(torch.equal(one, other) for one, other in zip(now.parameters(), before.parameters(), strict=True))
+    [state] = (bench.path / "run" / "state").iterdir()
+    assert state.name.startswith("step-00000001")
+    assert not (bench.path / "run" / "outputs.json").exists()
+    assert same(bench.train(**often), whole)
