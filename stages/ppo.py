@@ -7,8 +7,9 @@
         A by GAE over r and V; R = A + V                                                            (25, 28, 12)
         for each epoch, for each minibatch:
             L = clipped surrogate of A, or another trust region, - bonus * entropy                  (10, 29-33)
-            L_critic = 1/2 (V - R)^2, clipped                                                       (12)
-            AdamW step on both, which have no parameter in common
+            L_critic = c1 * 1/2 (V - R)^2, clipped                                                  (12, 33)
+            L_ptx = - lambda * mean log pi of the tokens of some demonstrations, if there are any   (14)
+            AdamW step on their sum; policy and critic have no parameter in common, or a backbone   (4.3.6)
 
 Old log-probs, values and returns are fixed for all epochs of a step. Dropout is off. What is averaged over tokens is averaged
 over all tokens of the minibatch, on all processes. A completion that was cut off has no EOS, costs a penalty, and by default
@@ -36,25 +37,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from stages.data.batching import RowOrder, TokenBatch, pad
 from stages.data.parquet import read_schema, write_rows
 from stages.data.parts import Parts
-from stages.models.critic import ActorCritic, critic_from_policy
+from stages.errors import InputError
+from stages.models.critic import ActorCritic, TwoHeads, critic_from_policy, critic_on_policy
 from stages.models.load import LoadedPolicy, load_policy, require_same_tokens, save_policy
 from stages.models.logprobs import TokenLogProbs, check_log_probs
 from stages.models.reward import RewardModel, check_scores, load_reward_model, save_reward_model
 from stages.objectives.advantages import gae, whiten
 from stages.objectives.aggregate import aggregate_tokens
 from stages.objectives.kl import AdaptiveKL
+from stages.objectives.likelihood import nll_loss
 from stages.objectives.policy import kl_penalty_loss, policy_loss, policy_metrics, shape_rewards
-from stages.objectives.value import explained_variance, value_loss
+from stages.objectives.value import value_loss
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, score, usable_prompts
-from stages.rollouts.report import rollout_metrics, rollout_records
+from stages.rollouts.report import critic_metrics, rollout_metrics, rollout_records
 from stages.rollouts.sample import of_one_sample
 from stages.run import Run
 from stages.specs.ppo import PpoConfig
 from stages.training import state
+from stages.training.demonstrations import Demonstrations, load_demonstrations
 from stages.training.meter import Meter
 from stages.training.setup import accelerator_for, count_parameters, make_optimizer, set_threads
-from stages.training.step import Clip, optimization_step
+from stages.training.step import Clip, Loss, optimization_step
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Loop:
     critic: RewardModel
     reward: RewardModel
     reference: LoadedPolicy
+    ptx: Demonstrations | None
     module: torch.nn.Module
     optimizer: AcceleratedOptimizer
     scheduler: LambdaLR
@@ -82,10 +87,11 @@ def ppo(
     prompts: Path,
     reference: Path | None = None,
     critic: Path | None = None,
+    ptx: Path | None = None,
 ) -> None:
     """Train `policy` on `prompts` by `reward`; write `checkpoint`, `critic` and every step's `rollouts`. The reference is the
     policy that training starts from unless another is given."""
-    loop = _prepare(config, policy, reward, reference or policy, critic)
+    loop = _prepare(config, run, policy, reward, reference or policy, critic, ptx)
     accelerator = loop.accelerator
     others = (loop.reward, loop.critic, loop.reference)
     rows = usable_prompts(run, prompts, loop.policy, others, config.sampling.max_new_tokens)
@@ -108,7 +114,7 @@ def ppo(
             if due:
                 _save(run, loop, step, penalty, parts, rollouts)
         sampled = perf_counter()
-        metrics = rollout_metrics(rollouts) | _critic_metrics(rollouts)
+        metrics = rollout_metrics(rollouts) | critic_metrics(rollouts)
         if step == 0:
             run.log(0, {f"{name}_before": metrics[name] for name in ("reward", "length")})
         metrics |= {"lr": float(loop.scheduler.get_last_lr()[0]), "old_policy_kl_coefficient": penalty.coefficient}
@@ -163,8 +169,9 @@ def _update(loop: Loop, rollouts: Rollouts, penalty: AdaptiveKL, step: int) -> d
     """Passes over a step's completions; the means of what the updates measured."""
     config, meter, norms = loop.config, Meter(), Counter[str]()
     for epoch in range(config.epochs):
-        for indices in minibatches(config, step, epoch):
+        for place, indices in enumerate(minibatches(config, step, epoch)):
             total = int(rollouts.lengths_B[indices].sum())
+            mixed_in, rows = _mixed_in(loop, (step * config.epochs + epoch) * config.minibatches + place, meter)
             measured = optimization_step(
                 loop.accelerator,
                 loop.module,
@@ -173,7 +180,10 @@ def _update(loop: Loop, rollouts: Rollouts, penalty: AdaptiveKL, step: int) -> d
                 _share(loop, rollouts, indices),
                 lambda batch, total=total: _loss(loop, rollouts, penalty.coefficient, batch, total, meter),
                 loop.clip,
-                lambda indices=indices: f"step {step + 1}, prompts {[rollouts.samples[i].row['id'] for i in indices]}",
+                lambda indices=indices, rows=rows: (
+                    f"step {step + 1}, prompts {[rollouts.samples[i].row['id'] for i in indices]}{rows}"
+                ),
+                mixed_in,
             )
             norms.update({name: measured[name] for name in loop.clip})
     if config.trust_region == "adaptive_kl":
@@ -201,7 +211,23 @@ def _loss(loop: Loop, rollouts: Rollouts, coefficient: float, batch: TokenBatch,
     meter.top("ratio_max", moved.pop("ratio_max"))
     share = mask_BT.sum() / total
     meter.add({"policy_loss": policy, "value_loss": value} | {name: mean * share for name, mean in moved.items()})
-    return policy + value - config.entropy_bonus * entropy
+    return policy + config.critic.coefficient * value - config.entropy_bonus * entropy
+
+
+def _mixed_in(loop: Loop, number: int, meter: Meter) -> tuple[list[tuple[TokenBatch, Loss]], str]:
+    """This process's share of the demonstrations of update `number`, with their loss (14), and their rows for a message."""
+    ptx, demonstrations = loop.config.ptx, loop.ptx
+    if ptx is None or demonstrations is None:
+        return [], ""
+    indices = demonstrations.order(loop.config.seed).take(number * ptx.batch_size, ptx.batch_size)
+    total = demonstrations.count(indices)
+
+    def loss(batch: TokenBatch) -> torch.Tensor:
+        nll = nll_loss(loop.module(batch, 1.0, values=False)[0], batch.target_BT, total)
+        meter.add({"ptx_loss": nll})
+        return ptx.weight * nll
+
+    return [(batch, loss) for batch in demonstrations.share(indices)], f", rows {demonstrations.named(indices)} of ptx"
 
 
 def _old_policy_kl(loop: Loop, rollouts: Rollouts) -> float:
@@ -231,13 +257,6 @@ def _share(loop: Loop, rollouts: Rollouts, indices: np.ndarray) -> Sequence[Toke
     return batches or [pad([rollouts.ids(0)], [len(rollouts.ids(0))], loop.policy.pad_id, ())]
 
 
-def _critic_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """How well the critic foresaw the returns, before it is updated."""
-    values_N, returns_N = rollouts.tokens["values"], rollouts.tokens["returns"]
-    known = explained_variance(values_N, returns_N, torch.ones_like(values_N))
-    return {"explained_variance": float(known), "value": float(values_N.mean()), "return": float(returns_N.mean())}
-
-
 def _save(run: Run, loop: Loop, step: int, penalty: AdaptiveKL, parts: Parts, rollouts: Rollouts | None) -> None:
     """A resume state after `step` steps, with the next one's completions when they wait for their update."""
 
@@ -249,31 +268,43 @@ def _save(run: Run, loop: Loop, step: int, penalty: AdaptiveKL, parts: Parts, ro
     state.save(run, loop.accelerator, step, {"penalty": penalty.coefficient}, write)
 
 
-def _prepare(config: PpoConfig, policy: Path, reward: Path, reference: Path, critic: Path | None) -> Loop:
+def _prepare(
+    config: PpoConfig, run: Run, policy: Path, reward: Path, reference: Path, critic: Path | None, ptx: Path | None
+) -> Loop:
     """Load the four models and check that they fit together. Dropout is off in all of them."""
+    if (config.ptx is None) != (ptx is None):
+        given, lacking = ("a config `ptx`", "input `ptx`") if ptx is None else ("an input `ptx`", "config `ptx` (at least {})")
+        raise InputError(f"there is {given} but no {lacking}; PPO-ptx needs both")
     accelerator = accelerator_for(config.runtime, config.dtype)
     actor, judge, anchor = (
         load_policy(policy, seed=config.seed),
         load_reward_model(reward),
         load_policy(reference, seed=config.seed),
     )
-    if critic is None and config.critic.start == "policy":
-        valuer = critic_from_policy(policy, config.seed)
-    else:
-        valuer = load_reward_model(critic or reward)
+    valuer = _critic(config, actor, policy, reward, critic)
     set_threads(config.runtime, count_parameters(actor.model))
     require_same_tokens(actor, reward_model=judge, critic=valuer, reference=anchor)
     check_log_probs(actor.model, config.runtime.packed)
     check_scores(judge, packed=False)
     check_scores(valuer, config.runtime.packed)
+    rows = load_demonstrations(run, accelerator, actor, ptx, "ptx", config.ptx, config.runtime) if ptx and config.ptx else None
 
     for frozen in (judge.model, anchor.model):
         frozen.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-    module = ActorCritic(actor, valuer).eval()
+    module = (TwoHeads if config.critic.shared else ActorCritic)(actor, valuer).eval()
     trained = {"": (config.optimizer, module.actor), "critic_": (config.critic.optimizer, module.critic)}
     clip = {f"{name}grad_norm": (list(part.parameters()), settings.max_grad_norm) for name, (settings, part) in trained.items()}
     updates = config.steps * config.epochs * config.minibatches
     optimizer, scheduler = make_optimizer([(settings, part.parameters()) for settings, part in trained.values()], updates)
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    return Loop(config, accelerator, actor, valuer, judge, anchor, module, optimizer, scheduler, clip)
+    return Loop(config, accelerator, actor, valuer, judge, anchor, rows, module, optimizer, scheduler, clip)
+
+
+def _critic(config: PpoConfig, actor: LoadedPolicy, policy: Path, reward: Path, critic: Path | None) -> RewardModel:
+    """The critic that training starts with."""
+    if config.critic.shared:
+        return critic_on_policy(actor, load_reward_model(critic) if critic else None)
+    if critic is None and config.critic.start == "policy":
+        return critic_from_policy(policy, config.seed)
+    return load_reward_model(critic or reward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from stages.data.batching import TokenBatch, pack, pad
 from stages.models import logprobs
-from stages.models.critic import ActorCritic, TokenValues, critic_from_policy
+from stages.models.critic import ActorCritic, TokenValues, TwoHeads, critic_from_policy
 from stages.models.load import load_policy, save_policy
 from stages.models.logprobs import TokenLogProbs
-from stages.models.reward import RewardModel, load_reward_model, new_reward_model, save_reward_model
+from stages.models.reward import RewardModel, load_reward_model, new_reward_model, save_reward_model, with_score_head
 
 BIAS, SCALE = 0.75, -1.5
 # Granite and Cohere have no sequence classifier.
@@ -128,7 +129,7 @@ def test_both_parts_give_what_each_gives_alone(family: str, chunk: int | None, m
             assert entropy_BT[batch.target_BT == 1].min() > 0
 
 
-def gradients(module: ActorCritic, batch: TokenBatch) -> dict[str, torch.Tensor]:
+def gradients(module: ActorCritic | TwoHeads, batch: TokenBatch) -> dict[str, torch.Tensor]:
     module.zero_grad()
     logp_BT, entropy_BT, values_BT = module(batch, 1.0, entropy=True)
     (logp_BT.sum() + 0.5 * entropy_BT.sum() + values_BT.sum()).backward()
@@ -167,6 +168,46 @@ def test_one_part_has_no_gradient_from_the_other() -> None:
     module.zero_grad()
     module(batch, 1.0)[2].sum().backward()
     assert all(parameter.grad is None for parameter in module.actor.parameters())
+
+
+def two_heads(family: str, **fields: Any) -> tuple[TwoHeads, ActorCritic]:
+    """Two heads on one backbone, and the same weights as a policy and a critic of their own."""
+    policy = policy_of(tiny_model(family, **fields))
+    critic = with_score_head(policy, seed=3)
+    critic.calibrate(BIAS, SCALE)
+    alone = deepcopy(critic)
+    return TwoHeads(policy, critic), ActorCritic(policy_of(tiny_model(family, **fields)), alone)
+
+
+@pytest.mark.parametrize("family", CRITICS)
+def test_a_shared_backbone_runs_once_and_learns_from_both_heads(family: str) -> None:
+    shared, apart = two_heads(family)
+    calls: list[int] = []
+    shared.actor.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    for build in (pad, pack) if family != "falcon" else (pad,):
+        batch = build(random_sequences([9, 6]), [2, 1], PAD, (0, 1))
+        for one_BT, other_BT in zip(shared(batch, 0.7, entropy=True), apart(batch, 0.7, entropy=True), strict=True):
+            assert torch.equal(one_BT, other_BT)
+        assert not shared(batch, 1.0, values=False)[2].any()
+        calls.clear()
+        found, expected = gradients(shared, batch), gradients(apart, batch)
+        assert calls == [1]
+        for name, gradient in found.items():
+            if name == "critic.weight":
+                wanted = expected["critic.model.score.weight"]
+            else:
+                below = name.removeprefix("actor.model.")
+                wanted = expected[name] + expected.get(f"critic.model.{below}", torch.zeros(()))
+            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_two_heads_give_zeros_to_every_parameter_without_targets(width: int) -> None:
+    module, _ = two_heads("llama", tie_word_embeddings=False)
+    [ids] = random_sequences([width])
+    batch = pad([ids], [width], PAD, ())
+    assert not any(found_BT.any() for found_BT in module(batch, 1.0, entropy=True))
+    assert not any(gradient.any() for gradient in gradients(module, batch).values())
 
 
 # The critic that starts from the policy.

@@ -22,16 +22,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import stages.ppo
 from stages.artifacts import sha256_file
-from stages.data.chain_sum import prompt_rows
+from stages.data.batching import RowOrder
+from stages.data.chain_sum import demonstration_rows, prompt_rows
+from stages.data.chat import encode
 from stages.data.parquet import read_rows, write_rows
 from stages.data.schemas import row_id
 from stages.errors import InputError
-from stages.models.load import load_policy, save_checkpoint, save_policy
+from stages.models.load import LoadedPolicy, load_policy, save_checkpoint, save_policy
 from stages.models.reward import new_reward_model, save_reward_model
 from stages.request import run_stage
 from stages.rollouts.sample import Sample
 from stages.run import Event, Listener, Run
-from stages.specs.ppo import PpoConfig
+from stages.specs.ppo import PpoConfig, Ptx
 
 Folders = dict[str, Path]
 ADAM = {"lr": 1e-2, "warmup": 0, "eps": 1e-5, "schedule": "constant"}
@@ -40,6 +42,7 @@ CONFIG |= {"optimizer": ADAM, "critic": {"optimizer": ADAM}}
 # Two or three completions a micro-batch.
 CONFIG["runtime"] = {"device": "cpu", "threads": 1, "save_every": 100, "micro_batch_tokens": 50}
 ROWS = [{"id": row_id(row), **row} for row in prompt_rows(9, seed=1)]
+PTX = [{"id": row_id(row), **row} for row in demonstration_rows(11, seed=5)]
 
 
 def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def four_models(init_folder: Path, root: Path) -> Folders:
         reward = new_reward_model(init_folder, seed=seed)
         reward.calibrate(bias, scale)
         save_reward_model(reward, found[name])
-    return found | {"init": init_folder, "prompts": folder(root / "prompts", ROWS)}
+    return found | {"init": init_folder, "prompts": folder(root / "prompts", ROWS), "ptx": folder(root / "ptx", PTX)}
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +91,24 @@ class Bench:
         self.moments: list[Any] = []
         self.updates: list[Any] = []
         self.sampled: list[int] = []
+        self.loop: Any = None
         shaped: list[torch.Tensor] = []
 
         def judged(_: Any, loop: Any, rollouts: Any, step: int) -> None:
             moment = SimpleNamespace(step=step, loop=loop, rollouts=rollouts, shaped_BT=shaped[-1])
-            moment.policy, moment.critic = deepcopy(loop.policy.model), deepcopy(loop.critic.model)
+            moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
             self.moments.append(moment)
 
-        def updating(_: Any, module: Any, *rest: Any) -> None:
-            indices, packed = [batch.indices for batch in rest[2]], rest[2][0].attention_BT is None
-            update = SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[])
-            update.policy, update.critic = deepcopy(module.actor.model), deepcopy(module.critic.model)
+        def updating(*given: Any) -> None:
+            indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
+            mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
+            update = SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], mixed_in=mixed_in)
+            update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
             self.updates.append(update)
 
         self.spy("gae", after=lambda _, *given: shaped.append(given[0]))
         self.spy("_judge", after=judged)
+        self.spy("_update", before=lambda loop, *_: setattr(self, "loop", loop))
         self.spy("optimization_step", updating, lambda found, *_: setattr(self.updates[-1], "measured", found))
         self.spy("policy_metrics", after=lambda found, *_: self.updates[-1].told.append(dict(found)))
         self.spy("collect", after=lambda _, *given: self.sampled.append(given[5]))
@@ -290,19 +296,24 @@ def test_the_first_update_has_ratios_of_exactly_one(bench: Bench, changes: dict[
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "clip": {"clip_low": 0.1, "clip_high": 0.3, "entropy_bonus": 0.3, "sampling": {"temperature": 0.7}},
-    "none": {"critic": {"clip": None}, "whiten_advantages": False},
+    "none": {"critic": {"clip": None, "coefficient": 0.3}, "whiten_advantages": False},
     "fixed_kl": {"old_policy_kl": {"coefficient": 2.0}, "critic": {"clip": 0.05}},
     "adaptive_kl": {"old_policy_kl": {"coefficient": 0.5}, "runtime": {"packed": True}},
+    "shared": {"critic": {"shared": True, "coefficient": 3.0}, "entropy_bonus": 0.1},
+    "ptx": {"ptx": {"weight": 1.5, "batch_size": 5}, "sampling": {"temperature": 0.7}},
+    "all of it": {"ptx": {"weight": 0.3, "batch_size": 7, "loss_on": "all"}, "critic": {"shared": True, "coefficient": 0.2}},
 }
 
 
-@pytest.mark.parametrize("region", GRADIENTS)
-def test_the_gradient_is_that_of_the_loss_written_out(bench: Bench, region: str) -> None:
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_the_gradient_is_that_of_the_loss_written_out(bench: Bench, case: str) -> None:
     # An epsilon of the gradients' size leaves their norm in AdamW's first step, so that it shows how they were clipped.
     adam = {"eps": 0.1, "lr": 0.3, "max_grad_norm": 0.2}
     sizes = {"optimizer": adam, "critic": {"optimizer": adam | {"lr": 0.04, "max_grad_norm": 0.5}}}
-    changes = merged(sizes, GRADIENTS[region]) | {"trust_region": region, "steps": 1, "batch_size": 9}
-    run = bench.train(inputs={"reference": bench.folders["reference"]}, **changes)
+    region = case if case in ("none", "fixed_kl", "adaptive_kl") else "clip"
+    changes = merged(sizes, GRADIENTS[case]) | {"trust_region": region, "steps": 1, "batch_size": 9}
+    given = {"reference": bench.folders["reference"]} | ({"ptx": bench.folders["ptx"]} if "ptx" in changes else {})
+    run = bench.train(inputs=given, **changes)
     [moment], config = bench.moments, bench.moments[0].loop.config
     hand = by_hand(config, moment, classifier(bench.folders["reward"]), language(bench.folders["reference"]))
     every: list[dict[str, float]] = []
@@ -310,13 +321,21 @@ def test_the_gradient_is_that_of_the_loss_written_out(bench: Bench, region: str)
     assert len(bench.updates[0].indices) > 1
     for number, update in enumerate(bench.updates):
         found = written_out(config, moment.rollouts, update, hand)
-        models = [(update.policy, config.optimizer, "actor"), (update.critic, config.critic.optimizer, "critic")]
-        for model, settings, name in models:
-            gradients = torch.autograd.grad(found["loss"], list(model.parameters()), retain_graph=True)
+        if config.ptx is not None:
+            rows = RowOrder(len(PTX), config.seed).take(number * config.ptx.batch_size, config.ptx.batch_size)
+            assert sorted(update.mixed_in) == sorted(rows)
+            found |= ptx_written_out(config.ptx, moment.loop.policy, update, rows)
+            found["loss"] = found["loss"] + config.ptx.weight * found["ptx_loss"]
+        own = "score" if config.critic.shared else ""  # with a shared backbone the critic is its head alone
+        for name, settings, model in (("", config.optimizer, "policy"), ("critic_", config.critic.optimizer, "critic")):
+            parts = [
+                [part for at, part in getattr(one, model).named_parameters() if model == "policy" or at.startswith(own)]
+                for one in (update, bench.updates[1])
+            ]
+            gradients = torch.autograd.grad(found["loss"], parts[0], retain_graph=True)
             norm = torch.cat([one.flatten() for one in gradients]).norm()
-            found["grad_norm" if name == "actor" else "critic_grad_norm"] = norm
-            after = bench.updates[1].policy if name == "actor" else bench.updates[1].critic
-            for before, now, grad in zip(model.parameters(), after.parameters(), gradients, strict=True):
+            found[f"{name}grad_norm"] = norm
+            for before, now, grad in zip(*parts, gradients, strict=True):
                 grad = grad * min(1.0, settings.max_grad_norm / norm)
                 if number == 0:
                     torch.testing.assert_close(now, before - settings.lr * grad / (grad.abs() + 0.1), atol=2e-5, rtol=1e-3)
@@ -327,6 +346,7 @@ def test_the_gradient_is_that_of_the_loss_written_out(bench: Bench, region: str)
     expected["ratio_max"] = max(one["ratio_max"] for one in every)
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=2e-4, abs=1e-5)
     assert expected.keys() >= {"clip_fraction", "old_policy_kl", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm"}
+    assert ("ptx_loss" in expected) == (config.ptx is not None)
     assert logged["clip_fraction"] > 0.05
     assert (logged["lr"], logged["old_policy_kl_coefficient"]) == (0.3, config.old_policy_kl.coefficient)
 
@@ -353,8 +373,20 @@ def written_out(config: PpoConfig, rollouts: Any, update: Any, hand: list[dict[s
         sums.update({name: part_T.sum() for name, part_T in (parts | {"clip_fraction": stopped_T.double()}).items()})
         top = max(top, ratio_T.max().item())
     found = {name: value / sum(hand[index]["length"] for index in update.chosen) for name, value in sums.items()}
-    loss = found["policy_loss"] + found["value_loss"] - config.entropy_bonus * found["entropy_now"]
+    loss = found["policy_loss"] + config.critic.coefficient * found["value_loss"] - config.entropy_bonus * found["entropy_now"]
     return found | {"loss": loss, "ratio_max": top}
+
+
+def ptx_written_out(ptx: Ptx, policy: LoadedPolicy, update: Any, rows: np.ndarray) -> dict[str, Any]:
+    """The mean negative log-likelihood of some demonstrations' tokens, each row alone."""
+    sums: list[torch.Tensor] = []
+    for row in (PTX[index] for index in rows):
+        encoded = encode(policy.tokenizer, row["prompt"], row["completion"], policy.stops)
+        ids_T = torch.tensor([*encoded.prompt_ids, *encoded.completion_ids])
+        first = 1 if ptx.loss_on == "all" else len(encoded.prompt_ids)
+        logp_TV = update.policy(ids_T[None]).logits[0, first - 1 : -1].double().log_softmax(-1)
+        sums.append(-logp_TV.gather(-1, ids_T[first:, None])[:, 0])
+    return {"ptx_loss": torch.cat(sums).mean()}
 
 
 def test_each_pass_has_an_order_of_its_own() -> None:
@@ -365,10 +397,12 @@ def test_each_pass_has_an_order_of_its_own() -> None:
     assert all(sorted(np.concatenate(order)) == list(range(9)) for order in orders)
 
 
-def test_how_the_machine_is_used_does_not_change_the_metrics(bench: Bench) -> None:
+@pytest.mark.parametrize("more", [{}, {"critic": {"shared": True}, "ptx": {"weight": 0.5, "batch_size": 4}}])
+def test_how_the_machine_is_used_does_not_change_the_metrics(bench: Bench, more: dict[str, Any]) -> None:
     packed = {"packed": True, "micro_batch_tokens": 70}
     uses = [{}, {"save_every": 1, "log_every": 2}, {"micro_batch_tokens": 1}, packed, {"generation_batch": 2}]
-    first, *others = (bench.train(str(number), steps=3, runtime=use) for number, use in enumerate(uses))
+    given = {name: bench.folders[name] for name in more if name == "ptx"}
+    first, *others = (bench.train(str(number), steps=3, runtime=use, inputs=given, **more) for number, use in enumerate(uses))
     assert (list(metrics(first)), list(metrics(others[0]))) == ([1, 2, 3], [2, 3])
     for run in others:
         for step, logged in metrics(run).items():
@@ -457,6 +491,34 @@ def test_where_the_critic_starts(bench: Bench, start: str) -> None:
         assert not any(one.requires_grad for one in frozen.model.parameters())
 
 
+def test_a_shared_backbone_is_saved_with_either_head_and_gone_on_with(bench: Bench) -> None:
+    run = bench.train(steps=1, critic={"shared": True})
+    [moment] = bench.moments
+    assert moment.loop.module.critic.weight.shape == (1, 16)
+    assert moment.rollouts.tokens["values"].abs().max() == 0.0, "the head starts from zeros"
+    made = {name: run.folder / "outputs" / name for name in ("checkpoint", "critic")}
+    policy, critic = language(made["checkpoint"]), classifier(made["critic"])
+    pairs = list(zip(policy.base_model.parameters(), critic.base_model.parameters(), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert not torch.equal(pairs[0][0], moment.policy.base_model.get_input_embeddings().weight)
+    assert critic.score.weight.abs().max() > 0
+
+    # Head, offset and scale go on from the earlier critic, which reads the same states.
+    critic.config.reward_bias, critic.config.reward_scale = 0.25, 3.0
+    save_checkpoint(critic, moment.loop.policy.tokenizer, folder(bench.path / "critic"))
+    given = {"policy": made["checkpoint"], "critic": bench.path / "critic"}
+    again = bench.train("again", steps=1, critic={"shared": True}, inputs=given)
+    for sample, start in zip(bench.moments[1].rollouts.samples, bench.moments[1].rollouts.starts_B, strict=False):
+        expected_T = plain_values(classifier(bench.path / "critic"), sample)[:-1]
+        found_T = bench.moments[1].rollouts.tokens["values"][start : start + len(expected_T)]
+        assert found_T.tolist() == close(expected_T.tolist())
+    assert classifier(again.folder / "outputs" / "critic").config.reward_scale == 3.0
+
+    for policy in (bench.folders["policy"], bench.folders["reference"]):
+        with pytest.raises(InputError, match="the critic given has another backbone than the policy"):
+            bench.train(f"other {policy.name}", critic={"shared": True}, inputs=given | {"policy": policy})
+
+
 @pytest.mark.parametrize("after", ["zero", "value"])
 def test_dropout_is_off(bench: Bench, after: str) -> None:
     given = {name: folder(bench.path / name) for name in ("policy", "reward")}
@@ -494,6 +556,29 @@ def test_models_that_do_not_fit_are_refused_before_any_sampling(bench: Bench, po
     with pytest.raises(InputError, match=named + message):
         bench.train(inputs={port: bench.folders.get(given, bench.path / "other")})
     assert bench.sampled == []
+
+
+def test_demonstrations_and_their_config_go_together(bench: Bench) -> None:
+    with pytest.raises(InputError, match="there is a config `ptx` but no input `ptx`; PPO-ptx needs both"):
+        bench.train("no input", ptx={})
+    with pytest.raises(InputError, match="there is an input `ptx` but no config `ptx`"):
+        bench.train("no config", inputs={"ptx": bench.folders["ptx"]})
+    with pytest.raises(InputError, match='row 1 has no column "completion"'):
+        bench.train("no completion", ptx={}, inputs={"ptx": bench.folders["prompts"]})
+    assert bench.sampled == []
+
+
+def test_a_loss_of_demonstrations_that_is_not_finite_names_their_rows(bench: Bench) -> None:
+    original = stages.ppo.nll_loss
+    bench.patch.setattr(stages.ppo, "nll_loss", lambda *given: original(*given) * math.nan)
+    with pytest.raises(InputError, match=r"step 1, prompts \[.*\], rows \[\d+, \d+, \d+\] of ptx: loss is nan"):
+        bench.train(ptx={"batch_size": 3}, inputs={"ptx": bench.folders["ptx"]})
+
+
+def test_demonstrations_hold_on_to_what_they_show(bench: Bench) -> None:
+    changes: dict[str, Any] = {"steps": 6, "ptx": {"weight": 2.0, "batch_size": 11}}
+    losses = series(bench.train(inputs={"ptx": bench.folders["ptx"]}, **changes), "ptx_loss")
+    assert losses[-1] < losses[0] - 0.5
 
 
 # What is sampled.

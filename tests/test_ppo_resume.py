@@ -105,6 +105,26 @@ def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
     assert bench.sampled == sampled
 
 
+def test_demonstrations_and_a_shared_backbone_resume_to_the_same_bytes(bench: Bench) -> None:
+    changes: dict[str, Any] = {"critic": {"shared": True}, "ptx": {"weight": 0.5, "batch_size": 4}, **LONG}
+    changes["inputs"] = {"ptx": bench.folders["ptx"]}
+    expected, crashed = bench.train("whole", **changes), 0
+
+    def heard(event: Event) -> None:
+        if event["event"] == "state":
+            raise CrashError
+
+    while True:
+        try:
+            run = bench.train("run", heard, **merged(changes, {"runtime": {"save_every": 1}}))
+            break
+        except CrashError:
+            crashed += 1
+            torch.manual_seed(1234)
+    assert crashed == 6
+    assert same(run, expected)
+
+
 def test_killed_children_resume_to_the_same_bytes(bench: Bench, whole: Run) -> None:
     config, left = merged(merged(CONFIG, LONG), {"runtime": {"save_every": 1}}), []
     inputs = {port: bench.folders[port] for port in ("policy", "reward", "prompts")}

@@ -16,7 +16,7 @@ from conftest import ROOT, kill_child, recorded, request_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stages.sft
+import stages.training.demonstrations
 from stages.artifacts import sha256_file
 from stages.data.batching import TokenBatch
 from stages.data.chat import Encoded, encode
@@ -91,7 +91,7 @@ def policy(init_folder: Path) -> LoadedPolicy:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[TokenBatch]:
     """Every micro-batch that the stage makes."""
-    return recorded(monkeypatch, stages.sft, "micro_batches")
+    return recorded(monkeypatch, stages.training.demonstrations, "micro_batches")
 
 
 def sequences_in(batches: list[TokenBatch]) -> dict[int, tuple[list[int], list[int]]]:

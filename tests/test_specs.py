@@ -18,7 +18,21 @@ from stages.specs.common import RewardRef
 
 # The fields that a stage's config demands, for stages that have such.
 REQUIRED: dict[str, dict[str, Any]] = {}
-ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "x", {"x": "y"}, [{"name": "answer"}], {"name": "answer"}]
+ALTERNATIVES: list[Any] = [
+    True,
+    False,
+    1,
+    3,
+    0.25,
+    0.5,
+    200,
+    4.0,
+    "x",
+    {"x": "y"},
+    [{"name": "answer"}],
+    {"name": "answer"},
+    {"weight": 2.0},
+]
 
 
 class Inner(Config):

@@ -33,7 +33,7 @@ def encode_demonstrations(
         for number, row in enumerate(rows):
             if "completion" not in row:
                 raise InputError(
-                    f'row {number + 1} has no column "completion" (it has {", ".join(row)}); SFT needs demonstrations'
+                    f'row {number + 1} has no column "completion" (it has {", ".join(row)}); demonstrations are needed here'
                 )
             encoded = encode(tokenizer, row["prompt"], row["completion"], stops)
             prompt, ids = len(encoded.prompt_ids), [*encoded.prompt_ids, *encoded.completion_ids]
@@ -47,8 +47,9 @@ def encode_demonstrations(
                 yield ids[:max_length], prompt, number
             else:
                 counts["dropped: too long"] += 1
+        # Here, so that no empty table is left for the next try to find.
+        if not counts["used"] + counts["used, completion cut"]:
+            raise InputError(f"no row fits in {max_length} tokens ({dict(counts) or 'the dataset is empty'}); raise max_length")
 
     TokenTable.write(path, sequences())
-    if not counts["used"] + counts["used, completion cut"]:
-        raise InputError(f"no row fits in {max_length} tokens ({dict(counts) or 'the dataset is empty'}); raise max_length")
     return counts

@@ -37,7 +37,12 @@ class TokenLogProbs(nn.Module):
 
     def with_entropy(self, batch: TokenBatch, temperature: float, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """logp_BT, and entropy_BT: that of the distribution from which each target is drawn; zeros when not asked for."""
-        hidden_BTH = hidden_states(self.model, batch)
+        return self.at_targets(hidden_states(self.model, batch), batch, temperature, entropy)
+
+    def at_targets(
+        self, hidden_BTH: torch.Tensor, batch: TokenBatch, temperature: float, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from the backbone's last hidden states."""
         where = batch.target_BT[:, 1:].bool()
         hidden_NH, ids_N = hidden_BTH[:, :-1][where], batch.ids_BT[:, 1:][where]
         found_2BT = torch.zeros((2, *batch.ids_BT.shape), dtype=torch.float32, device=ids_N.device)

@@ -22,7 +22,7 @@ from stages.data.batching import TokenBatch, pack, pad, split_by_length
 from stages.data.chat import encode, stop_ids
 from stages.errors import InputError
 from stages.models.backbone import hidden_states
-from stages.models.load import DTYPES, LoadedModel, is_classifier, load_policy, save_checkpoint
+from stages.models.load import DTYPES, LoadedModel, LoadedPolicy, is_classifier, load_policy, save_checkpoint
 from stages.models.tokenizers import ensure_pad_token
 from stages.specs.common import Dtype
 
@@ -75,13 +75,15 @@ def last_tokens(batch: TokenBatch) -> torch.Tensor:
 
 
 def new_reward_model(folder: Path, seed: int) -> RewardModel:
-    """A reward model to be trained: the language model in `folder` with a new head, or the reward model there as it is.
+    """A reward model to be trained: the language model in `folder` with a new head, or the reward model there as it is."""
+    return load_reward_model(folder) if is_classifier(folder) else with_score_head(load_policy(folder, seed=seed), seed)
+
+
+def with_score_head(policy: LoadedPolicy, seed: int) -> RewardModel:
+    """A reward model on a language model's own backbone, which it does not copy.
 
     The head's weights are drawn with deviation 1 / sqrt(hidden + 1) (Stiennon et al., arXiv 2009.01325).
     """
-    if is_classifier(folder):
-        return load_reward_model(folder)
-    policy = load_policy(folder, seed=seed)
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from stages.objectives.value import explained_variance
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.sample import Row
 
@@ -18,6 +21,13 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "length": float(rollouts.lengths_B.mean()),
         "truncated": float(rollouts.truncated_B.mean()),
     }
+
+
+def critic_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """How well the critic foresaw the returns, before it is updated."""
+    values_N, returns_N = rollouts.tokens["values"], rollouts.tokens["returns"]
+    known = explained_variance(values_N, returns_N, torch.ones_like(values_N))
+    return {"explained_variance": float(known), "value": float(values_N.mean()), "return": float(returns_N.mean())}
 
 
 def rollout_records(rollouts: Rollouts, step: int) -> list[Row]:

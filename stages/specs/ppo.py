@@ -33,11 +33,26 @@ class Critic(Config):
         description="From the reward model (InstructGPT), or from the policy with a head of zeros. A critic given as an input "
         "is taken instead.",
     )
+    shared: bool = Field(
+        default=False,
+        title="Shared backbone",
+        description="A second head on the policy's own backbone (rl4llm 4.3.6), which then learns from both losses. The head "
+        "starts from zeros, or from a critic given as an input if that has the policy's backbone; `start` is not used.",
+    )
+    coefficient: float = Field(
+        default=1.0,
+        gt=0,
+        title="Coefficient",
+        description="Weight of the value loss beside the policy's (c1 of eq. 33), which matters to a shared backbone. Huang et "
+        "al. use 0.1.",
+    )
     clip: float | None = Field(
         default=0.2, gt=0, title="Value clip", description="Values further than this from the old ones gain nothing."
     )
     optimizer: Optimizer = Field(
-        default_factory=lambda: Optimizer(lr=3e-6, warmup=0.0, eps=1e-5), title="Optimizer", description="The critic's AdamW."
+        default_factory=lambda: Optimizer(lr=3e-6, warmup=0.0, eps=1e-5),
+        title="Optimizer",
+        description="The critic's AdamW, of its head alone when the backbone is shared.",
     )
 
 
@@ -49,6 +64,29 @@ class OldPolicyKl(Config):
     )
     target: float = Field(
         default=0.01, gt=0, title="Target", description="adaptive_kl halves or doubles the weight to keep to this."
+    )
+
+
+class Ptx(Config):
+    """Demonstrations mixed into the updates (PPO-ptx, eq. 14)."""
+
+    weight: float = Field(
+        default=27.8,
+        gt=0,
+        title="Weight",
+        description="Of their negative log-likelihood, a mean over tokens as the policy's loss is (InstructGPT, C.4: 27.8).",
+    )
+    batch_size: int = Field(
+        default=512, ge=1, title="Batch", description="Demonstrations an optimizer step, over all processes."
+    )
+    loss_on: Literal["completion", "all"] = Field(
+        default="completion", title="Loss on", description="completion: prompts carry no loss; all: language modelling."
+    )
+    max_length: int = Field(
+        default=1024, ge=2, title="Longest sequence", description="Tokens of prompt and completion together."
+    )
+    too_long: Literal["drop", "truncate"] = Field(
+        default="truncate", title="Too long", description="Longer sequences are dropped, or cut (then without EOS)."
     )
 
 
@@ -94,6 +132,9 @@ class PpoConfig(Config):
     optimizer: Optimizer = Field(
         default_factory=lambda: Optimizer(lr=3e-6, warmup=0.0, eps=1e-5), title="Optimizer", description="The policy's AdamW."
     )
+    ptx: Ptx | None = Field(
+        default=None, title="PPO-ptx", description="Mix the demonstrations given as the input `ptx` into the updates (eq. 14)."
+    )
     dtype: Dtype = Field(
         default="float32",
         title="Compute type",
@@ -125,6 +166,7 @@ SPEC = StageSpec(
         "prompts": Port("dataset"),
         "reference": Port("model", required=False),
         "critic": Port("model", required=False),
+        "ptx": Port("dataset", required=False),
     },
     outputs={"checkpoint": "model", "critic": "model", "rollouts": "dataset"},
     headline=("reward", "kl", "length"),

@@ -28,20 +28,24 @@ def optimization_step(
     loss: Loss,
     clip: Clip,
     describe: Callable[[], str],
+    more: Sequence[tuple[TokenBatch, Loss]] = (),
 ) -> dict[str, float]:
     """Accumulate `loss` over this rank's micro-batches, clip, step. Returns the global loss and the gradient norms.
 
     `loss(batch)` must already be divided by the step's global count. DDP averages gradients over ranks, which the factor
-    `num_processes` undoes, so the gradient is that of one process on the whole batch (contract 8).
+    `num_processes` undoes, so the gradient is that of one process on the whole batch (contract 8). `more` are micro-batches
+    with losses of their own, for the same gradient.
 
     Raises InputError before the weights change when the loss or the gradient is not finite; `describe` names the rows.
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for place, batch in enumerate(batches):
-        last = place == len(batches) - 1
+    # Those of `batches` come last: DDP waits, in the last backward pass, for the gradient of every parameter.
+    work = [*more, *((batch, loss) for batch in batches)]
+    for place, (batch, share) in enumerate(work):
+        last = place == len(work) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            value = loss(batch.to(accelerator.device))
+            value = share(batch.to(accelerator.device))
             accelerator.backward(value * accelerator.num_processes)
         total += value.detach().double()
     norms = {name: accelerator.clip_grad_norm_(parameters, limit) for name, (parameters, limit) in clip.items()}

@@ -35,7 +35,7 @@ def assert_alike(
     found = {}
     for processes in (1, many):
         request = request_for(stage, folder / f"{processes} processes", config | {"runtime": RUNTIME}, **inputs)
-        request.folder.mkdir()
+        request.folder.mkdir(parents=True)
         file = request.folder / "request.json"
         file.write_text(request.model_dump_json())
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "stages"]
@@ -125,3 +125,8 @@ def test_ppo_on_two_processes_is_that_of_one(
     names = ("reward", "kl", "entropy", "explained_variance", "length", "truncated", "policy_loss", "value_loss", "grad_norm")
     names += ("critic_grad_norm", "clip_fraction", "ratio_max", "old_policy_kl", "old_policy_kl_coefficient")
     assert_alike("ppo", config | {"trust_region": "adaptive_kl"}, inputs, tmp_path, dict.fromkeys(names, 4))
+    # One rank has no demonstration of an update.
+    inputs["ptx"] = dataset([row | {"completion": bare(30)} for row in chain_rows[20:30]], "ptx")
+    more = {"ptx": {"weight": 0.5, "batch_size": 1}, "critic": {"shared": True, "coefficient": 0.3, "optimizer": rate}}
+    names += ("ptx_loss",)
+    assert_alike("ppo", config | more, inputs, tmp_path / "more", dict.fromkeys(names, 4))
