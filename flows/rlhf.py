@@ -3,7 +3,7 @@
 corpus -> base                                  only when the recipe makes its own base model
 demonstrations -> sft
 prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
-sft, reward_model, prompts -> ppo
+sft, reward_model, prompts -> ppo               with ptx, demonstrations mixed into its updates, when ppo.ptx is set
 prompts -> evaluate-base, evaluate-sft, evaluate-ppo
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from prefect import flow
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.recipe import Recipe
 from flows.runner import run_pipeline
@@ -31,7 +31,7 @@ from tasks.pipeline import Pipeline
 
 class RlhfRecipe(Recipe):
     """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`,
-    `preferences` (not needed with the steps samples and labels)."""
+    `preferences` (not needed with the steps samples and labels), `ptx` (needed with ppo.ptx alone)."""
 
     INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
         "model": "model",
@@ -39,6 +39,7 @@ class RlhfRecipe(Recipe):
         "demonstrations": "dataset",
         "prompts": "dataset",
         "preferences": "dataset",
+        "ptx": "dataset",
     }
 
     corpus: PrepareConfig | None = Field(
@@ -58,8 +59,19 @@ class RlhfRecipe(Recipe):
         default=None, title="preferences", description="Prepares the input of this name; left out with samples and labels."
     )
     reward_model: RewardModelConfig = Field(title="reward_model", description="Learns a reward from the preferences.")
+    ptx: PrepareConfig | None = Field(
+        default=None, title="ptx", description="Prepares the demonstrations that PPO mixes into its updates, as ppo.ptx says."
+    )
     ppo: PpoConfig = Field(title="ppo", description="Optimises the SFT model on the prompts by the learned reward.")
     evaluate: EvaluateConfig = Field(title="evaluate", description="How every model is measured.")
+
+    @model_validator(mode="after")
+    def _ptx(self) -> RlhfRecipe:
+        if self.ppo.ptx is None and (self.ptx is not None or "ptx" in self.inputs):
+            raise ValueError(
+                "the recipe gives demonstrations for PPO-ptx, but ppo.ptx, which says how to mix them in, is not set"
+            )
+        return self
 
 
 def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
@@ -95,7 +107,11 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         demonstrations=demonstrations["train"],
         samples=samples,
     )["checkpoint"]
-    ppo = pipeline.step("ppo", "ppo", recipe.ppo, policy=sft, reward=reward, prompts=prompts["train"], reference=sft)[
+    ptx = None
+    if recipe.ppo.ptx is not None:
+        given = recipe.ptx or PrepareConfig()
+        ptx = pipeline.step("ptx", "prepare", given, source=pipeline.input("ptx"), exclude=prompts["heldout"])["train"]
+    ppo = pipeline.step("ppo", "ppo", recipe.ppo, policy=sft, reward=reward, prompts=prompts["train"], reference=sft, ptx=ptx)[
         "checkpoint"
     ]
 

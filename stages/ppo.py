@@ -289,6 +289,8 @@ def _prepare(
     check_scores(valuer, config.runtime.packed)
     rows = load_demonstrations(run, accelerator, actor, ptx, "ptx", config.ptx, config.runtime) if ptx and config.ptx else None
 
+    # A shared critic's classifier is no part of the module, yet scores with it (`bootstrap`).
+    valuer.model.eval()
     for frozen in (judge.model, anchor.model):
         frozen.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     module = (TwoHeads if config.critic.shared else ActorCritic)(actor, valuer).eval()

@@ -519,12 +519,12 @@ def test_a_shared_backbone_is_saved_with_either_head_and_gone_on_with(bench: Ben
             bench.train(f"other {policy.name}", critic={"shared": True}, inputs=given | {"policy": policy})
 
 
-@pytest.mark.parametrize("after", ["zero", "value"])
-def test_dropout_is_off(bench: Bench, after: str) -> None:
+@pytest.mark.parametrize(("after", "shared"), [("zero", False), ("value", False), ("value", True)])
+def test_dropout_is_off(bench: Bench, after: str, shared: bool) -> None:
     given = {name: folder(bench.path / name) for name in ("policy", "reward")}
     (given["policy"] / "init.yaml").write_text(INIT.read_text().replace("model:\n", "model:\n  attention_dropout: 0.5\n"))
     save_reward_model(new_reward_model(given["policy"], seed=3), given["reward"])
-    run = bench.train(epochs=1, minibatches=1, bootstrap=after, inputs=given)
+    run = bench.train(epochs=1, minibatches=1, bootstrap=after, inputs=given, critic={"shared": shared})
     assert series(run, "ratio_max") == [1.0, 1.0]
     assert series(run, "kl")[0] == 0.0
     for moment, logged in zip(bench.moments, metrics(run).values(), strict=True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stages.data.batching import TokenBatch
 from stages.errors import InputError
@@ -43,8 +44,7 @@ def optimization_step(
     # Those of `batches` come last: DDP waits, in the last backward pass, for the gradient of every parameter.
     work = [*more, *((batch, loss) for batch in batches)]
     for place, (batch, share) in enumerate(work):
-        last = place == len(work) - 1
-        with nullcontext() if last else accelerator.no_sync(module):
+        with nullcontext() if place == len(work) - 1 else _unsynced(accelerator, module):
             value = share(batch.to(accelerator.device))
             accelerator.backward(value * accelerator.num_processes)
         total += value.detach().double()
@@ -59,3 +59,10 @@ def optimization_step(
     optimizer.step()
     scheduler.step()
     return metrics
+
+
+def _unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[None]:
+    """Gradients of this backward pass stay on this rank."""
+    # Accelerate's own does nothing for a single rank of torchrun, though it wraps that too: DDP would then wait, in every
+    # backward pass, for the gradient of every parameter.
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else accelerator.no_sync(module)
