@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from test_logprobs import PAD, VOCABULARY, random_sequences, tiny_model
 from transformers import PreTrainedModel
 
@@ -440,3 +441,12 @@ def test_only_the_main_process_writes_them(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     state.save(run, loop.accelerator, 1, {}, seen.append)
     assert seen == []
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, device: str, there: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(InputError, match=f"runtime.device is {device}, and this machine has {there} GPUs"):
+        accelerator_for(Runtime(device=device))
+    with pytest.raises(ValidationError, match="device"):
+        Runtime(device="gpu")

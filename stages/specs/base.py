@@ -93,7 +93,10 @@ class Runtime(Config):
     """How a stage uses its machine. None of it changes the result in exact arithmetic, so none of it is identity."""
 
     device: str = Field(
-        default="auto", title="Device", description="auto, cpu, cuda or cuda:N. auto takes a GPU when there is one."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        title="Device",
+        description="auto, cpu, cuda or cuda:N. auto takes a GPU when there is one.",
     )
     threads: int = Field(
         default=0,

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from stages.errors import InputError
 from stages.specs.base import Runtime
 from stages.specs.common import Dtype, Optimizer
 
@@ -23,9 +24,15 @@ def accelerator_for(runtime: Runtime, dtype: Dtype = "float32") -> Accelerator:
     """The Accelerator of a stage. Run under torchrun or `accelerate launch` it spans their processes.
 
     With `bfloat16` matrices are multiplied in it (autocast), while weights, optimizer, log-probs and losses stay float32.
+    Raises InputError when a GPU is asked for that is not there: Accelerate would take the CPU without a word.
     """
-    if runtime.device not in ("auto", "cpu") and ":" in runtime.device:
-        torch.cuda.set_device(runtime.device)
+    if runtime.device.startswith("cuda"):
+        _, _, number = runtime.device.partition(":")
+        there = torch.cuda.device_count()
+        if int(number or 0) >= there:
+            raise InputError(f"runtime.device is {runtime.device}, and this machine has {there} GPUs; use auto or cpu")
+        if number:
+            torch.cuda.set_device(runtime.device)
     # Accelerate keeps the first device and precision of a process for good; the stages of a pipeline may differ in them.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=runtime.device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
