@@ -18,21 +18,8 @@ from stages.specs.common import RewardRef
 
 # The fields that a stage's config demands, for stages that have such.
 REQUIRED: dict[str, dict[str, Any]] = {}
-ALTERNATIVES: list[Any] = [
-    True,
-    False,
-    1,
-    3,
-    0.25,
-    0.5,
-    200,
-    4.0,
-    "x",
-    {"x": "y"},
-    [{"name": "answer"}],
-    {"name": "answer"},
-    {"weight": 2.0},
-]
+ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
+ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}]
 
 
 class Inner(Config):
