@@ -8,11 +8,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from stages.errors import InputError
 
-FLOWS = ("rlhf",)
+if TYPE_CHECKING:
+    from flows.runner import Definition
+
+# Modules of flows/. Every stage is a flow too: flows/single.py.
+PIPELINES = ("rlhf",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,11 +56,12 @@ def parser() -> argparse.ArgumentParser:
 def run_command(options: argparse.Namespace) -> int:
     """`posttrain run`."""
     stdout = _divert_stdout()
-    from flows.recipe import parse, read_recipe
+    from flows.recipe import near, parse, read_recipe
+    from stages.specs import STAGES
 
     values = read_recipe(options.recipe, options.settings, options.seed)
-    if values["flow"] not in FLOWS:
-        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}; there are {', '.join(FLOWS)}")
+    if values["flow"] not in (names := [*PIPELINES, *STAGES]):
+        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}{near(values['flow'], names)}")
     from tasks.home import configure_environment
 
     root = configure_environment()
@@ -67,15 +72,15 @@ def run_command(options: argparse.Namespace) -> int:
     # The server starts while this process imports what it needs.
     start_prefect_server(root)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    module = importlib.import_module(f"flows.{values['flow']}")
-    recipe = parse(module.RECIPE, values, str(options.recipe))
+    definition = _definition(values["flow"])
+    recipe = parse(definition.recipe, values, str(options.recipe))
     importlib.import_module("stages.request")
     wait_until_ready(root)
     from tasks.display import Terminal
     from tasks.report import print_results
 
     with Terminal() as terminal:
-        results = module.FLOW(recipe, from_step=options.from_step)
+        results = definition.flow(recipe, from_step=options.from_step)
     print_results(terminal.console, recipe.name, results)
     if options.json:
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
@@ -85,6 +90,12 @@ def run_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _definition(name: str) -> Definition:
+    if name in PIPELINES:
+        return importlib.import_module(f"flows.{name}").DEFINITION
+    return importlib.import_module("flows.single").definition(name)
+
+
 def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -> int:
     from rich.console import Console
 
@@ -92,9 +103,9 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
     from flows.runner import plan_pipeline
     from tasks.report import print_plan
 
-    module = importlib.import_module(f"flows.{values['flow']}")
-    recipe = parse(module.RECIPE, values, str(options.recipe))
-    pipeline = plan_pipeline(recipe, module.steps, options.from_step)
+    definition = _definition(values["flow"])
+    recipe = parse(definition.recipe, values, str(options.recipe))
+    pipeline = plan_pipeline(recipe, definition.steps, options.from_step)
     if options.json:
         rows = [
             {"name": name, "stage": stage, "action": plan.action, "reason": plan.reason} for name, stage, plan in pipeline.plans

@@ -65,7 +65,8 @@ def execute(call: StepCall) -> StepResult:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
     plot = None
     if {"reward", "kl"} <= published.metrics.keys() and "checkpoint" in published.outputs:
-        named = f"{call.recipe}-{call.name}-{published.outputs['checkpoint'].version}"
+        # What was found by its key may be another recipe's.
+        named = str(published.outputs["checkpoint"]).replace("/", "-")
         plot = reward_against_kl(store, published.run_id, named, root / "plots" / f"{named}.png")
     seconds = round(time.monotonic() - started, 2)
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
