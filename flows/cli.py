@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     artifacts = commands.add_parser("artifacts", help="list the datasets and models made so far")
     artifacts.add_argument("name", nargs="?", help="only names that contain this")
     artifacts.set_defaults(command=artifacts_command)
+
+    lineage = commands.add_parser("lineage", help="what an artifact was made from, by which code, config and versions")
+    lineage.add_argument("reference", help="models:/NAME/VERSION, datasets:/NAME/VERSION, or NAME@ALIAS")
+    lineage.add_argument("--json", action="store_true", help="one JSON document on stdout: a flat list, the artifact first")
+    lineage.set_defaults(command=lineage_command)
     return top
 
 
@@ -84,9 +89,7 @@ def run_command(options: argparse.Namespace) -> int:
     print_results(terminal.console, recipe.name, results)
     if options.json:
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
-        json.dump({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout, indent=1)
-        stdout.write("\n")
-        stdout.flush()
+        _write_document({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout)
     return 0
 
 
@@ -110,9 +113,7 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
         rows = [
             {"name": name, "stage": stage, "action": plan.action, "reason": plan.reason} for name, stage, plan in pipeline.plans
         ]
-        json.dump({"stages": rows}, stdout, indent=1)
-        stdout.write("\n")
-        stdout.flush()
+        _write_document({"stages": rows}, stdout)
     else:
         print_plan(Console(file=stdout), recipe.name, pipeline.plans)
     return 0
@@ -126,6 +127,29 @@ def artifacts_command(options: argparse.Namespace) -> int:
 
     print_artifacts(Store(configure_environment()), options.name or "")
     return 0
+
+
+def lineage_command(options: argparse.Namespace) -> int:
+    """`posttrain lineage`."""
+    stdout = _divert_stdout()
+    from rich.console import Console
+
+    from tasks.home import configure_environment
+    from tasks.lineage import print_lineage, trace
+    from tasks.store import Store
+
+    nodes = trace(Store(configure_environment()), options.reference)
+    if options.json:
+        _write_document({"nodes": [node.model_dump(mode="json") for node in nodes]}, stdout)
+    else:
+        print_lineage(Console(file=stdout), nodes)
+    return 0
+
+
+def _write_document(document: dict[str, Any], stdout: TextIO) -> None:
+    json.dump(document, stdout, indent=1)
+    stdout.write("\n")
+    stdout.flush()
 
 
 def _divert_stdout() -> TextIO:

@@ -128,6 +128,11 @@ class Store:
         path = _local(run.info.artifact_uri) / "identity.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def inputs(self, run: Run) -> dict[str, Dataset | Model] | None:
+        """What a run was made from, by port, or None when it did not record it."""
+        path = _local(run.info.artifact_uri) / "inputs.json"
+        return _handles(json.loads(path.read_text())) if path.is_file() else None
+
     # Publishing
 
     def publish(
@@ -251,9 +256,12 @@ def _described(manifest: Manifest, folder: Path) -> Manifest:
 
 def published(run: Run) -> Published:
     """What a complete run made."""
-    described = json.loads(run.data.tags[OUTPUTS])
-    outputs = {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
+    outputs = _handles(json.loads(run.data.tags[OUTPUTS]))
     return Published(run.info.run_id, run.data.tags.get(PIPELINE, ""), outputs, dict(run.data.metrics))
+
+
+def _handles(described: dict[str, dict[str, Any]]) -> dict[str, Dataset | Model]:
+    return {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
