@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     lineage.add_argument("reference", help="models:/NAME/VERSION, datasets:/NAME/VERSION, or NAME@ALIAS")
     lineage.add_argument("--json", action="store_true", help="one JSON document on stdout: a flat list, the artifact first")
     lineage.set_defaults(command=lineage_command)
+
+    ui = commands.add_parser("ui", help="serve Prefect's and MLflow's pages over the local state until ctrl-C")
+    ui.add_argument("--prefect-port", type=int, default=4200, help="4200 when not given")
+    ui.add_argument("--mlflow-port", type=int, default=5000, help="5000 when not given")
+    ui.set_defaults(command=ui_command)
     return top
 
 
@@ -143,6 +148,29 @@ def lineage_command(options: argparse.Namespace) -> int:
         _write_document({"nodes": [node.model_dump(mode="json") for node in nodes]}, stdout)
     else:
         print_lineage(Console(file=stdout), nodes)
+    return 0
+
+
+def ui_command(options: argparse.Namespace) -> int:
+    """`posttrain ui`."""
+    from flows.pages import pages, wait_for_ctrl_c
+    from tasks.home import configure_environment
+    from tasks.store import Store
+
+    root = configure_environment()
+    # Makes MLflow's database if there is none, under the lock that runs take for it too.
+    Store(root)
+    try:
+        with pages(root, options.prefect_port, options.mlflow_port) as served:
+            prefect, mlflow = served
+            print(f"Prefect, what runs and ran:     {prefect.address}")
+            print(f"MLflow, what was made:          {mlflow.address}")
+            print(f"  every checkpoint and dataset: {mlflow.address}/#/models")
+            print("ctrl-C stops both", flush=True)
+            wait_for_ctrl_c(served)
+    except KeyboardInterrupt:
+        # While they started.
+        return 130
     return 0
 
 
