@@ -134,7 +134,6 @@ def test_a_stage_without_its_config_is_refused(tmp_path: Path) -> None:
         planned(tmp_path / "x.yaml", {"flow": "sft", "inputs": INPUTS})
 
 
-@pytest.mark.xdist_group("cli")
 def test_a_stage_alone_is_killed_and_goes_on(store: Store, tmp_path: Path) -> None:
     recipe = {"flow": "sft", "name": "alone", "inputs": INPUTS, "sft": SFT}
     path = tmp_path / "recipe.yaml"
