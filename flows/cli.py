@@ -8,11 +8,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from stages.errors import InputError
 
-FLOWS = ("rlhf",)
+if TYPE_CHECKING:
+    from flows.runner import Definition
+
+# Modules of flows/. Every stage is a flow too: flows/single.py.
+PIPELINES = ("rlhf",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,17 +50,28 @@ def parser() -> argparse.ArgumentParser:
     artifacts = commands.add_parser("artifacts", help="list the datasets and models made so far")
     artifacts.add_argument("name", nargs="?", help="only names that contain this")
     artifacts.set_defaults(command=artifacts_command)
+
+    lineage = commands.add_parser("lineage", help="what an artifact was made from, by which code, config and versions")
+    lineage.add_argument("reference", help="models:/NAME/VERSION, datasets:/NAME/VERSION, or NAME@ALIAS")
+    lineage.add_argument("--json", action="store_true", help="one JSON document on stdout: a flat list, the artifact first")
+    lineage.set_defaults(command=lineage_command)
+
+    ui = commands.add_parser("ui", help="serve Prefect's and MLflow's pages over the local state until ctrl-C")
+    ui.add_argument("--prefect-port", type=int, default=4200, help="4200 when not given")
+    ui.add_argument("--mlflow-port", type=int, default=5000, help="5000 when not given")
+    ui.set_defaults(command=ui_command)
     return top
 
 
 def run_command(options: argparse.Namespace) -> int:
     """`posttrain run`."""
     stdout = _divert_stdout()
-    from flows.recipe import parse, read_recipe
+    from flows.recipe import near, parse, read_recipe
+    from stages.specs import STAGES
 
     values = read_recipe(options.recipe, options.settings, options.seed)
-    if values["flow"] not in FLOWS:
-        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}; there are {', '.join(FLOWS)}")
+    if values["flow"] not in (names := [*PIPELINES, *STAGES]):
+        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}{near(values['flow'], names)}")
     from tasks.home import configure_environment
 
     root = configure_environment()
@@ -67,22 +82,26 @@ def run_command(options: argparse.Namespace) -> int:
     # The server starts while this process imports what it needs.
     start_prefect_server(root)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    module = importlib.import_module(f"flows.{values['flow']}")
-    recipe = parse(module.RECIPE, values, str(options.recipe))
+    definition = _definition(values["flow"])
+    recipe = parse(definition.recipe, values, str(options.recipe))
     importlib.import_module("stages.request")
     wait_until_ready(root)
     from tasks.display import Terminal
     from tasks.report import print_results
 
     with Terminal() as terminal:
-        results = module.FLOW(recipe, from_step=options.from_step)
+        results = definition.flow(recipe, from_step=options.from_step)
     print_results(terminal.console, recipe.name, results)
     if options.json:
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
-        json.dump({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout, indent=1)
-        stdout.write("\n")
-        stdout.flush()
+        _write_document({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout)
     return 0
+
+
+def _definition(name: str) -> Definition:
+    if name in PIPELINES:
+        return importlib.import_module(f"flows.{name}").DEFINITION
+    return importlib.import_module("flows.single").definition(name)
 
 
 def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -> int:
@@ -92,16 +111,14 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
     from flows.runner import plan_pipeline
     from tasks.report import print_plan
 
-    module = importlib.import_module(f"flows.{values['flow']}")
-    recipe = parse(module.RECIPE, values, str(options.recipe))
-    pipeline = plan_pipeline(recipe, module.steps, options.from_step)
+    definition = _definition(values["flow"])
+    recipe = parse(definition.recipe, values, str(options.recipe))
+    pipeline = plan_pipeline(recipe, definition.steps, options.from_step)
     if options.json:
         rows = [
             {"name": name, "stage": stage, "action": plan.action, "reason": plan.reason} for name, stage, plan in pipeline.plans
         ]
-        json.dump({"stages": rows}, stdout, indent=1)
-        stdout.write("\n")
-        stdout.flush()
+        _write_document({"stages": rows}, stdout)
     else:
         print_plan(Console(file=stdout), recipe.name, pipeline.plans)
     return 0
@@ -115,6 +132,52 @@ def artifacts_command(options: argparse.Namespace) -> int:
 
     print_artifacts(Store(configure_environment()), options.name or "")
     return 0
+
+
+def lineage_command(options: argparse.Namespace) -> int:
+    """`posttrain lineage`."""
+    stdout = _divert_stdout()
+    from rich.console import Console
+
+    from tasks.home import configure_environment
+    from tasks.lineage import print_lineage, trace
+    from tasks.store import Store
+
+    nodes = trace(Store(configure_environment()), options.reference)
+    if options.json:
+        _write_document({"nodes": [node.model_dump(mode="json") for node in nodes]}, stdout)
+    else:
+        print_lineage(Console(file=stdout), nodes)
+    return 0
+
+
+def ui_command(options: argparse.Namespace) -> int:
+    """`posttrain ui`."""
+    from flows.pages import pages, wait_for_ctrl_c
+    from tasks.home import configure_environment
+    from tasks.store import Store
+
+    root = configure_environment()
+    # Makes MLflow's database if there is none, under the lock that runs take for it too.
+    Store(root)
+    try:
+        with pages(root, options.prefect_port, options.mlflow_port) as served:
+            prefect, mlflow = served
+            print(f"Prefect, what runs and ran:     {prefect.address}")
+            print(f"MLflow, what was made:          {mlflow.address}")
+            print(f"  every checkpoint and dataset: {mlflow.address}/#/models")
+            print("ctrl-C stops both", flush=True)
+            wait_for_ctrl_c(served)
+    except KeyboardInterrupt:
+        # While they started.
+        return 130
+    return 0
+
+
+def _write_document(document: dict[str, Any], stdout: TextIO) -> None:
+    json.dump(document, stdout, indent=1)
+    stdout.write("\n")
+    stdout.flush()
 
 
 def _divert_stdout() -> TextIO:

@@ -51,14 +51,18 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _inputs(self) -> Recipe:
-        for name in self.inputs:
+        for name in self.given():
             if name not in self.INPUT_KINDS:
                 raise ValueError(f"inputs: {name!r} is not an input of this flow{near(name, self.INPUT_KINDS)}")
         return self
 
+    def given(self) -> dict[str, str]:
+        """The inputs that are given: a recipe's class may name them as fields of a model instead of a mapping."""
+        return {name: reference for name, reference in dict(self.inputs).items() if reference}
+
     def references(self) -> dict[str, tuple[str, Kind]]:
         """The inputs with what kind each is."""
-        return {name: (reference, self.INPUT_KINDS[name]) for name, reference in self.inputs.items()}
+        return {name: (reference, self.INPUT_KINDS[name]) for name, reference in self.given().items()}
 
 
 def config_type(annotation: Any) -> type[BaseModel] | None:
@@ -145,20 +149,28 @@ def explain(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {path}{near(last, siblings(kind, parents))}"
     if problem["type"] == "missing":
-        return f"{path} is missing"
+        owner = _config_at(kind, parents)
+        about = owner.model_fields[last].description if owner else None
+        return f"{path} is missing" + (f": {about}" if about else "")
     message = problem["msg"].removeprefix("Value error, ")
     return message if not problem["loc"] else f"{path}: {message} (it is {problem['input']!r})"
 
 
 def siblings(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:
     """Names of the keys that are allowed below a path."""
+    owner = _config_at(kind, parents)
+    return list(owner.model_fields) if owner else []
+
+
+def _config_at(kind: type[BaseModel], parents: Sequence[str]) -> type[BaseModel] | None:
+    """The config class below a path, where there is one."""
     for parent in parents:
         field = kind.model_fields.get(parent)
         inner = config_type(field.annotation) if field else None
         if inner is None:
-            return []
+            return None
         kind = inner
-    return list(kind.model_fields)
+    return kind
 
 
 def near(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from prefect import flow
 from pydantic import Field, model_validator
 
 from flows.recipe import Recipe
-from flows.runner import run_pipeline
+from flows.runner import Definition, run_pipeline
 from stages.artifacts import Kind
 from stages.specs.evaluate import EvaluateConfig
 from stages.specs.label import LabelConfig
@@ -127,4 +127,4 @@ def rlhf(recipe: RlhfRecipe, from_step: str | None = None) -> list[StepResult]:
     return run_pipeline(recipe, steps, from_step)
 
 
-RECIPE, FLOW = RlhfRecipe, rlhf
+DEFINITION = Definition(RlhfRecipe, rlhf, steps)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from prefect import Flow
 from prefect.runtime import flow_run
 
 from flows.recipe import Recipe
@@ -15,6 +17,15 @@ from tasks.store import Store
 
 R = TypeVar("R", bound=Recipe)
 Steps = Callable[[Pipeline, R], None]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What the command needs of a flow: how its recipe is read, how it is run, how it is planned."""
+
+    recipe: type[Recipe]
+    flow: Flow[..., list[StepResult]]
+    steps: Steps[Any]
 
 
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from stages.run import Event
@@ -65,6 +65,13 @@ class Terminal:
         self.progress.stop_task(self.bars[step])
         if self.progress.disable:
             self.console.print(f"{step:<18} {note}", soft_wrap=True)
+
+
+def print_wide(console: Console, what: RenderableType) -> None:
+    """A file or a pipe has no width; the 80 columns that are taken for it would cut names short."""
+    if not console.is_terminal:
+        console.width = 140
+    console.print(what)
 
 
 current: Display = Quiet()

@@ -11,6 +11,7 @@ from typing import Literal
 from prefect import task
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle, Kind
@@ -44,6 +45,7 @@ class StepResult(BaseModel):
     metrics: dict[str, float]
     artifacts: dict[str, Handle]
     plot: str | None = None
+    task_run: str | None = None
 
 
 @task(task_run_name="{call.name}", persist_result=False)
@@ -65,7 +67,8 @@ def execute(call: StepCall) -> StepResult:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
     plot = None
     if {"reward", "kl"} <= published.metrics.keys() and "checkpoint" in published.outputs:
-        named = f"{call.recipe}-{call.name}-{published.outputs['checkpoint'].version}"
+        # What was found by its key may be another recipe's.
+        named = str(published.outputs["checkpoint"]).replace("/", "-")
         plot = reward_against_kl(store, published.run_id, named, root / "plots" / f"{named}.png")
     seconds = round(time.monotonic() - started, 2)
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
@@ -80,6 +83,7 @@ def execute(call: StepCall) -> StepResult:
         metrics=published.metrics,
         artifacts=published.outputs,
         plot=None if plot is None else str(plot),
+        task_run=task_run.id,
     )
 
 

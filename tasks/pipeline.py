@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
+from uuid import UUID
 
-from mlflow.entities import RunTag
+from mlflow.entities import Param, RunTag
+from prefect.client.schemas.objects import State, StateDetails
+from prefect.states import Completed
+from prefect.utilities.annotations import quote
 
 from stages.artifacts import Dataset, Kind, Model, handle
 from stages.errors import InputError
@@ -58,6 +63,7 @@ class Pipeline:
     results: list[StepResult] = field(default_factory=list)
     plans: list[tuple[str, str, Plan]] = field(default_factory=list)
     _redone: set[str] = field(default_factory=set)
+    _makers: dict[str, str] = field(default_factory=dict)
 
     def input(self, name: str) -> Dataset | Model:
         """A resolved input of the recipe. Raises InputError when the recipe does not give it."""
@@ -94,8 +100,13 @@ class Pipeline:
             plan = examine(self.store, call)
             self.plans.append((name, stage, plan))
             return Outputs(name, plan.outputs if plan.action == "skip" else None)
-        result = execute.with_options(retries=self.launch.retries)(call)
+        made_by = {self._makers[given.uri] for given in call.inputs.values() if given.uri in self._makers}
+        # Unquoted, Prefect guesses where a call comes from by addresses of objects in memory, and draws arrows that are wrong.
+        result = execute.with_options(retries=self.launch.retries)(
+            cast(StepCall, quote(call)), wait_for=[_completed(task_run) for task_run in sorted(made_by)]
+        )
         self.results.append(result)
+        self._makers |= {made.uri: result.task_run for made in result.artifacts.values() if result.task_run}
         if redo:
             self._redone |= {made.uri for made in result.artifacts.values()}
         return Outputs(name, result.artifacts)
@@ -105,6 +116,11 @@ class Pipeline:
         names = [result.name for result in self.results] + [name for name, _, _ in self.plans]
         if self.from_step is not None and self.from_step not in names:
             raise InputError(f"--from {self.from_step}: no step has this name; there are {', '.join(names)}")
+
+
+def _completed(task_run: str) -> State[Any]:
+    """What Prefect takes as a step to wait for."""
+    return Completed(data=True, state_details=StateDetails(task_run_id=UUID(task_run)))
 
 
 def _step_of(source: Source) -> str | None:
@@ -131,6 +147,7 @@ def resolve_inputs(
         run = store.client.create_run(store.experiment(recipe), run_name="pipeline", tags={PIPELINE: pipeline_id})
         text = json.dumps({name: given.model_dump() for name, given in resolved.items()})
         tags = [RunTag("posttrain.resolution", text), RunTag("posttrain.pipeline_inputs", pipeline_id)]
-        store.client.log_batch(run.info.run_id, tags=tags)
+        params = [Param(name, str(given)) for name, given in resolved.items()]
+        store.client.log_batch(run.info.run_id, params=params, tags=tags)
         store.client.set_terminated(run.info.run_id)
     return resolved

@@ -16,6 +16,8 @@ def provenance() -> dict[str, str]:
     """Tags for an MLflow run: `mlflow.source.git.commit` (`-dirty` when files differ from it), `posttrain.version.*`."""
     tags = {f"posttrain.version.{name}": found for name in PACKAGES if (found := _version(name))}
     tags["posttrain.version.python"] = platform.python_version()
+    # MLflow's page shows the commit of runs alone that have a source.
+    tags |= {"mlflow.source.name": "posttrain", "mlflow.source.type": "LOCAL"}
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit + ("-dirty" if _git("status", "--porcelain", "-uno") else "")

@@ -16,6 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from stages.artifacts import Dataset, Kind, Model, digest_of, handle, read_manifest
@@ -128,7 +129,8 @@ def _ingest(store: Store, text: str, kind: Kind, name: str, draft: Path, publish
         return store.publish(run_id, draft, {"files": kind}, {"files": name}, {})["files"]
 
 
-def _registered(store: Store, text: str, match: re.Match[str], kind: Kind) -> Dataset | Model:
+def registered_version(store: Store, text: str, match: re.Match[str], kind: Kind) -> ModelVersion:
+    """The registered version that a reference names. Raises InputError with near names, or the versions that there are."""
     scheme, name, version, alias = match.groups()
     if scheme != f"{kind}s":
         raise InputError(f"{text}: a {kind} is needed here, not one of the {scheme}")
@@ -141,10 +143,20 @@ def _registered(store: Store, text: str, match: re.Match[str], kind: Kind) -> Da
         versions = [v.version for v in store.client.search_model_versions(f"name = '{name}'")] if name in names else []
         hint = f"; it has the versions {', '.join(map(str, versions))}" if versions else _near(name, names)
         raise InputError(f"{text}: no such {kind}{hint}") from error
-    run = store.client.get_run(str(found.run_id))
+    if (registered := found.tags.get("kind", kind)) != kind:
+        raise InputError(f"{text}: {name} is a {registered}, not a {kind}; write {registered}s:/{name}/{found.version}")
+    return found
+
+
+def _registered(store: Store, text: str, match: re.Match[str], kind: Kind) -> Dataset | Model:
+    found = registered_version(store, text, match, kind)
+    try:
+        run = store.client.get_run(str(found.run_id))
+    except MlflowException as error:
+        raise InputError(f"{text}: its run {found.run_id} is gone, so it cannot be built on; make it again") from error
     outputs = published(run).outputs.values() if OUTPUTS in run.data.tags else []
     for made in outputs:
-        if made.name == name and made.version == str(found.version) and made.kind == kind:
+        if made.name == found.name and made.version == str(found.version) and made.kind == kind:
             return made
     raise InputError(f"{text}: its run {found.run_id} never completed, so it is not an artifact to build on")
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.specs import STAGES
+from tasks.display import print_wide
 from tasks.execute import StepResult, headline
 from tasks.plan import Plan
 from tasks.store import Store
@@ -23,7 +24,7 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
         numbers = headline(STAGES[result.stage], result.metrics).replace("  ", "\n")
         artifacts = "\n".join(str(made) for made in result.artifacts.values())
         table.add_row(result.name, result.status, f"{result.seconds:.1f}", numbers, artifacts)
-    _print(console, table)
+    print_wide(console, table)
     for result in results:
         if result.plot is not None:
             console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True, markup=False)
@@ -36,7 +37,7 @@ def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Pl
         table.add_column(column)
     for name, stage, plan in plans:
         table.add_row(name, stage, plan.action, plan.reason)
-    _print(console, table)
+    print_wide(console, table)
 
 
 def print_artifacts(store: Store, part: str) -> None:
@@ -52,11 +53,4 @@ def print_artifacts(store: Store, part: str) -> None:
             made = datetime.fromtimestamp(version.creation_timestamp / 1000).strftime("%Y-%m-%d %H:%M:%S")
             digest, aliases = version.tags.get("digest", "")[:12], ", ".join(version.aliases)
             table.add_row(model.name, model.tags.get("kind", ""), str(version.version), made, digest, aliases)
-    _print(Console(), table)
-
-
-def _print(console: Console, table: Table) -> None:
-    """A file or a pipe has no width; the 80 columns that are taken for it would cut names short."""
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
+    print_wide(Console(), table)

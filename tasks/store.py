@@ -24,9 +24,11 @@ from urllib.parse import unquote, urlparse
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LoggedModelInput, LoggedModelOutput, Param, Run, RunStatus, RunTag
+from mlflow.entities import Dataset as MlflowDataset
+from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Param, Run, RunStatus, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_VERSIONS
 
 from stages.artifacts import Dataset, Kind, Manifest, Model, check, handle, read_manifest
 from stages.data.parquet import count_rows, read_schema
@@ -81,7 +83,7 @@ class Store:
 
     def runs(self, **tags: str) -> list[Run]:
         """Our runs with these tags (`key=...`, `step=...`), the newest first, in any recipe's experiment."""
-        experiments: list[Experiment] = self.client.search_experiments(filter_string=f"tags.`{OURS}` = '1'")
+        experiments = self.client.search_experiments(filter_string=f"tags.`{OURS}` = '1'")
         if not experiments:
             return []
         condition = " and ".join(f"tags.`posttrain.{name}` = '{value}'" for name, value in tags.items())
@@ -128,6 +130,11 @@ class Store:
         path = _local(run.info.artifact_uri) / "identity.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def inputs(self, run: Run) -> dict[str, Dataset | Model] | None:
+        """What a run was made from, by port, or None when it did not record it."""
+        path = _local(run.info.artifact_uri) / "inputs.json"
+        return _handles(json.loads(path.read_text())) if path.is_file() else None
+
     # Publishing
 
     def publish(
@@ -149,22 +156,23 @@ class Store:
             version = self._register(run_id, names[output], output, kind, manifest.digest)
             uri = f"runs:/{run_id}/{output}" if kind == "dataset" else f"models:/{self._model_id(run_id, output)}"
             outputs[output] = handle(kind, name=names[output], version=str(version.version), digest=manifest.digest, uri=uri)
-        self._link(run_id, inputs.values(), outputs.values())
+        self._link(run_id, inputs, outputs.values())
         self.client.log_dict(run_id, {name: given.model_dump() for name, given in inputs.items()}, "inputs.json")
         text = json.dumps({name: made.model_dump() for name, made in outputs.items()})
         self.client.log_batch(run_id, tags=[RunTag(OUTPUTS, text)])
         self.client.set_terminated(run_id)
         return outputs
 
-    def _link(self, run_id: str, inputs: Iterable[Dataset | Model], outputs: Iterable[Dataset | Model]) -> None:
-        """Record which models went in and came out, for MLflow's lineage; what a killed try recorded is left as it is."""
+    def _link(self, run_id: str, inputs: Mapping[str, Dataset | Model], outputs: Iterable[Dataset | Model]) -> None:
+        """Record what went in and which models came out, for MLflow's pages; what a killed try recorded is left as it is."""
         run = self.client.get_run(run_id)
         known_in = {entry.model_id for entry in run.inputs.model_inputs} if run.inputs else set()
         known_out = {entry.model_id for entry in run.outputs.model_outputs} if run.outputs else set()
-        ids_in = {given.uri.removeprefix("models:/") for given in inputs if isinstance(given, Model)} - known_in
+        ids_in = {given.uri.removeprefix("models:/") for given in inputs.values() if isinstance(given, Model)} - known_in
         ids_out = {made.uri.removeprefix("models:/") for made in outputs if isinstance(made, Model)} - known_out
-        if ids_in:
-            self.client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in sorted(ids_in)])
+        datasets = [_dataset_input(port, given) for port, given in inputs.items() if isinstance(given, Dataset)]
+        if ids_in or datasets:
+            self.client.log_inputs(run_id, datasets, [LoggedModelInput(model_id) for model_id in sorted(ids_in)])
         if ids_out:
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0) for model_id in sorted(ids_out)])
 
@@ -174,7 +182,7 @@ class Store:
         model_id = self._model_id(run_id, output)
         if model_id is None:
             run = self.client.get_run(run_id)
-            model = self.client.create_logged_model(run.info.experiment_id, name, source_run_id=run_id)
+            model = self.client.create_logged_model(run.info.experiment_id, name, run_id, params=run.data.params)
             model_id = model.model_id
             self.client.set_tag(run_id, MODEL_ID + output, model_id)
         return _local(self.client.get_logged_model(model_id).artifact_location)
@@ -203,8 +211,14 @@ class Store:
     def _register(self, run_id: str, name: str, output: str, kind: Kind, digest: str) -> ModelVersion:
         """The registered version of a run's output, made once."""
         existing = [v for v in self.client.search_model_versions(f"run_id = '{run_id}'") if v.name == name]
-        if existing:
-            return existing[0]
+        version = existing[0] if existing else self._new_version(run_id, name, output, kind, digest)
+        if model_id := self._model_id(run_id, output):
+            # Without it the model's own page says that it is not registered.
+            versions = json.dumps([{"name": name, "version": str(version.version)}])
+            self.client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: versions})
+        return version
+
+    def _new_version(self, run_id: str, name: str, output: str, kind: Kind, digest: str) -> ModelVersion:
         try:
             self.client.create_registered_model(name, tags={"kind": kind})
         except MlflowException as error:
@@ -240,6 +254,13 @@ class Store:
             return [str(error)]
 
 
+def _dataset_input(port: str, given: Dataset) -> DatasetInput:
+    source = json.dumps({"uri": given.uri})
+    # MLflow takes no digest as long as ours.
+    shown = MlflowDataset(name=str(given), digest=given.digest[:12], source_type="local", source=source)
+    return DatasetInput(shown, [InputTag(MLFLOW_DATASET_CONTEXT, port)])
+
+
 def _described(manifest: Manifest, folder: Path) -> Manifest:
     if manifest.kind == "model":
         return manifest
@@ -251,9 +272,12 @@ def _described(manifest: Manifest, folder: Path) -> Manifest:
 
 def published(run: Run) -> Published:
     """What a complete run made."""
-    described = json.loads(run.data.tags[OUTPUTS])
-    outputs = {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
+    outputs = _handles(json.loads(run.data.tags[OUTPUTS]))
     return Published(run.info.run_id, run.data.tags.get(PIPELINE, ""), outputs, dict(run.data.metrics))
+
+
+def _handles(described: dict[str, dict[str, Any]]) -> dict[str, Dataset | Model]:
+    return {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

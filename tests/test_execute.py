@@ -237,6 +237,8 @@ def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatc
 
     without = execute.fn(call.model_copy(update={"config": {"seed": 1}}))
     assert (without.status, without.metrics, without.plot) == ("ran", {"reward": 1.5}, None)
+    other = execute.fn(call.model_copy(update={"recipe": "other", "name": "alone"}))
+    assert (other.status, other.plot) == ("skipped", str(plots / "r-rl-2.png")), "named as the checkpoint, whoever asks"
     given: dict[str, Dataset | Model] = {"policy": first.artifacts["checkpoint"], "prompts": inputs["prompts"]}
     evaluated = execute.fn(call.model_copy(update={"name": "e", "stage": "evaluate", "inputs": given}))
     assert (set(evaluated.metrics), evaluated.plot) == ({"reward", "kl"}, None)

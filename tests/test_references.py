@@ -143,3 +143,16 @@ def test_an_incomplete_run_is_no_artifact(store: Store, tmp_path: Path) -> None:
     store.client.create_model_version("r-s", str(shutil.copytree(INIT.parent, tmp_path / "m")), run_id)
     with pytest.raises(InputError, match="never completed"):
         resolve(store, "models:/r-s/1", "model")
+
+
+def test_a_version_of_the_other_kind_is_named_as_it_is_written(store: Store, rows: Path) -> None:
+    made = resolve(store, str(rows), "dataset")
+    with pytest.raises(InputError, match=rf"{made.name} is a dataset, not a model; write datasets:/{made.name}/1"):
+        resolve(store, f"models:/{made.name}/1", "model")
+
+
+def test_a_version_whose_run_is_gone(store: Store, tmp_path: Path) -> None:
+    store.client.create_registered_model("r-s", tags={"kind": "model"})
+    store.client.create_model_version("r-s", str(shutil.copytree(INIT.parent, tmp_path / "m")), "0" * 32)
+    with pytest.raises(InputError, match=r"its run 0+ is gone"):
+        resolve(store, "models:/r-s/1", "model")

@@ -88,6 +88,7 @@ CALLS = (
     "create_logged_model",
     "set_tag",
     "finalize_logged_model",
+    "set_logged_model_tags",
     "create_registered_model",
     "create_model_version",
     "log_outputs",
@@ -181,10 +182,18 @@ def test_parameters_and_provenance_are_recorded(store: Store) -> None:
 
 
 def test_lineage_links_model_versions(store: Store) -> None:
-    base = publish(store, begun(store, "base"), finished_folder(store.root))["checkpoint"]
-    run_id = begun(store, "child")
-    made = store.publish(run_id, finished_folder(store.root), KINDS, NAMES, {"model": base})
+    before = publish(store, begun(store, "base"), finished_folder(store.root))
+    base, run_id, folder = before["checkpoint"], begun(store, "child"), finished_folder(store.root)
+    inputs = {"model": base, "train": before["generations"], "heldout": before["generations"]}
+    made = store.publish(run_id, folder, KINDS, NAMES, inputs)
+    assert store.publish(run_id, folder, KINDS, NAMES, inputs) == made, "again, as after a crash: nothing twice"
     run: Any = store.client.get_run(run_id)
+    assert [(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs] == [
+        ("r-sft-generations/1", before["generations"].digest[:12])
+    ]
+    model = store.client.get_logged_model(made["checkpoint"].uri.removeprefix("models:/"))
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "r-sft", "version": "2"}]
+    assert model.params == {"a.b": "1"}
     assert [entry.model_id for entry in run.inputs.model_inputs] == [base.uri.removeprefix("models:/")]
     assert [entry.model_id for entry in run.outputs.model_outputs] == [made["checkpoint"].uri.removeprefix("models:/")]
 

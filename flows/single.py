@@ -1,0 +1,92 @@
+"""One flow a stage, so that any stage can be triggered or resumed by itself from saved artifacts.
+
+Each is made from its stage's spec: a recipe whose inputs are the stage's ports and whose one step is named as the stage. A key
+knows no step or recipe: what a pipeline computed from the same config and inputs is skipped here, and the other way round.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from prefect import Flow, flow
+from pydantic import Field, create_model
+
+from flows.recipe import Recipe
+from flows.runner import Definition, run_pipeline
+from stages.artifacts import Kind
+from stages.specs import STAGES, Config, Port, StageSpec
+from tasks.execute import StepResult
+from tasks.pipeline import Pipeline
+
+EXAMPLES: Mapping[Kind, str] = {
+    "model": "models:/NAME/VERSION, org/name, ./folder",
+    "dataset": "datasets:/NAME/VERSION, org/name, ./rows.jsonl",
+}
+
+
+class StageRecipe(Recipe):
+    """What the recipes of single stages share."""
+
+    SPEC: ClassVar[StageSpec]
+
+
+def steps(pipeline: Pipeline, recipe: StageRecipe) -> None:
+    """The one step."""
+    name = recipe.SPEC.name
+    pipeline.step(name, name, getattr(recipe, name), **pipeline.inputs)
+
+
+def recipe_of(spec: StageSpec) -> type[StageRecipe]:
+    """A recipe's class with the stage's config under the stage's name, and under `inputs` one reference a port."""
+    title = spec.name.replace("_", " ").capitalize()
+    ports: dict[str, Any] = {name: _port(name, port) for name, port in spec.inputs.items()}
+    # A class instead of Recipe's mapping: the form then has a field a port, and one that is missing is named.
+    inputs = create_model(f"{title} inputs", __base__=Config, **ports)
+    fields: dict[str, Any] = {
+        "inputs": (inputs, Field(default_factory=dict, title="Inputs", description="A reference a port of the stage.")),
+        spec.name: (spec.config, Field(title=title, description="The stage's config.")),
+    }
+    made = create_model(f"{title} recipe", __base__=StageRecipe, **fields)
+    made.SPEC, made.INPUT_KINDS = spec, {name: port.kind for name, port in spec.inputs.items()}
+    return made
+
+
+def _port(name: str, port: Port) -> Any:
+    about = f"A {port.kind}: {EXAMPLES[port.kind]}."
+    if port.required:
+        return str, Field(title=name, description=about)
+    return str | None, Field(default=None, title=name, description=f"Optional. {about}")
+
+
+def flow_of(kind: type[StageRecipe]) -> Flow[..., list[StepResult]]:
+    """The Prefect flow of a stage's recipe."""
+
+    def run(recipe: StageRecipe, from_step: str | None = None) -> list[StepResult]:
+        """Run one stage.
+
+        Args:
+            recipe: The stage's inputs and config.
+            from_step: The stage's name computes it again though it is there.
+        """
+        return run_pipeline(recipe, steps, from_step)
+
+    # Prefect reads the parameters' form from the annotations.
+    run.__annotations__["recipe"] = kind
+    run.__name__ = run.__qualname__ = kind.SPEC.name
+    return flow(name=kind.SPEC.name, flow_run_name="{recipe.name}", persist_result=False)(run)
+
+
+@functools.cache
+def definition(stage: str) -> Definition:
+    """The recipe, flow and step of a stage."""
+    kind = recipe_of(STAGES[stage])
+    return Definition(kind, flow_of(kind), steps)
+
+
+def __getattr__(name: str) -> Flow[..., list[StepResult]]:
+    """A worker finds a stage's flow as `flows.single.STAGE`."""
+    if name not in STAGES:
+        raise AttributeError(f"flows.single has no {name!r}; its flows are {', '.join(STAGES)}")
+    return definition(name).flow
