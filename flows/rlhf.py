@@ -4,7 +4,9 @@ corpus -> base                                  only when the recipe makes its o
 demonstrations -> sft
 prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
 sft, reward_model, prompts -> ppo
-prompts -> evaluate-base, evaluate-sft, evaluate-ppo
+prompts, reward_model -> evaluate-base, evaluate-sft, evaluate-ppo
+
+The held-out prompts, which measure every model, are taken out of the demonstrations and the preferences too.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from tasks.pipeline import Pipeline
 
 class RlhfRecipe(Recipe):
     """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`,
-    `preferences` (not needed with the steps samples and labels)."""
+    `preferences` (not needed with the steps samples and labels). Preferences alone are enough: what is not given of
+    `demonstrations` and `prompts` is made of them, by a step whose `form` says so."""
 
     INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
         "model": "model",
@@ -70,21 +73,23 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         trained = pipeline.step("base", "sft", recipe.base, model=base, train=corpus["train"], heldout=corpus["heldout"])
         base = trained["checkpoint"]
 
-    demonstrations = pipeline.step("demonstrations", "prepare", recipe.demonstrations, source=pipeline.input("demonstrations"))
+    source = pipeline.input("prompts", "preferences")
+    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=source)
+    heldout = prompts["heldout"]
+    source = pipeline.input("demonstrations", "preferences")
+    demonstrations = pipeline.step("demonstrations", "prepare", recipe.demonstrations, source=source, exclude=heldout)
     sft = pipeline.step("sft", "sft", recipe.sft, model=base, train=demonstrations["train"], heldout=demonstrations["heldout"])[
         "checkpoint"
     ]
 
-    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))
     samples = None
     if recipe.samples is not None and recipe.labels is not None:
         samples = pipeline.step("samples", "sample", recipe.samples, policy=sft, prompts=prompts["train"])["samples"]
         preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
     else:
         given = recipe.preferences or PrepareConfig(heldout=0.1)
-        preferences = pipeline.step(
-            "preferences", "prepare", given, source=pipeline.input("preferences"), exclude=prompts["heldout"]
-        )
+        source = pipeline.input("preferences")
+        preferences = pipeline.step("preferences", "prepare", given, source=source, exclude=heldout)
     reward = pipeline.step(
         "reward_model",
         "reward_model",
@@ -99,10 +104,10 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         "checkpoint"
     ]
 
-    heldout = prompts["heldout"]
-    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, prompts=heldout)
-    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, prompts=heldout, reference=base, opponent=base)
-    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, prompts=heldout, reference=sft, opponent=sft)
+    measured = {"prompts": heldout, "reward_model": reward}
+    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, **measured)
+    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, reference=base, opponent=base, **measured)
+    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, reference=sft, opponent=sft, **measured)
 
 
 @flow(name="rlhf", flow_run_name="{recipe.name}", persist_result=False)
