@@ -4,7 +4,9 @@ corpus -> base                                  only when the recipe makes its o
 demonstrations -> sft
 prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
 sft, reward_model, prompts -> ppo               with ptx, demonstrations mixed into its updates, when ppo.ptx is set
-prompts -> evaluate-base, evaluate-sft, evaluate-ppo
+prompts, reward_model -> evaluate-base, evaluate-sft, evaluate-ppo
+
+All data is prepared before anything is trained. The held-out prompts, which measure every model, are taken out of all of it.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from stages.specs.reward_model import RewardModelConfig
 from stages.specs.sample import SampleConfig
 from stages.specs.sft import SftConfig
 from tasks.execute import StepResult
-from tasks.pipeline import Pipeline
+from tasks.pipeline import Outputs, Pipeline, Source
 
 
 class RlhfRecipe(Recipe):
     """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`,
-    `preferences` (not needed with the steps samples and labels), `ptx` (needed with ppo.ptx alone)."""
+    `preferences` (not needed with the steps samples and labels), `ptx` (needed with ppo.ptx alone). Preferences alone are
+    enough: what is not given of `demonstrations` and `prompts` is made of them, by a step whose `form` says so."""
 
     INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
         "model": "model",
@@ -76,49 +79,53 @@ class RlhfRecipe(Recipe):
 
 def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
     """The steps in order."""
+    data = prepared(pipeline, recipe)
+    prompts, demonstrations = data["prompts"], data["demonstrations"]
     base = pipeline.input("model")
-    if recipe.base is not None and recipe.corpus is not None:
-        corpus = pipeline.step("corpus", "prepare", recipe.corpus, source=pipeline.input("corpus"))
-        trained = pipeline.step("base", "sft", recipe.base, model=base, train=corpus["train"], heldout=corpus["heldout"])
-        base = trained["checkpoint"]
+    if recipe.base is not None and "corpus" in data:
+        base = pipeline.step("base", "sft", recipe.base, model=base, **_both(data["corpus"]))["checkpoint"]
+    sft = pipeline.step("sft", "sft", recipe.sft, model=base, **_both(demonstrations))["checkpoint"]
 
-    demonstrations = pipeline.step("demonstrations", "prepare", recipe.demonstrations, source=pipeline.input("demonstrations"))
-    sft = pipeline.step("sft", "sft", recipe.sft, model=base, train=demonstrations["train"], heldout=demonstrations["heldout"])[
-        "checkpoint"
-    ]
-
-    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))
-    samples = None
+    samples, preferences = None, data.get("preferences")
     if recipe.samples is not None and recipe.labels is not None:
         samples = pipeline.step("samples", "sample", recipe.samples, policy=sft, prompts=prompts["train"])["samples"]
         preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
-    else:
-        given = recipe.preferences or PrepareConfig(heldout=0.1)
-        preferences = pipeline.step(
-            "preferences", "prepare", given, source=pipeline.input("preferences"), exclude=prompts["heldout"]
-        )
-    reward = pipeline.step(
-        "reward_model",
-        "reward_model",
-        recipe.reward_model,
-        model=sft,
-        train=preferences["train"],
-        heldout=preferences["heldout"],
-        demonstrations=demonstrations["train"],
-        samples=samples,
-    )["checkpoint"]
-    ptx = None
-    if recipe.ppo.ptx is not None:
-        given = recipe.ptx or PrepareConfig()
-        ptx = pipeline.step("ptx", "prepare", given, source=pipeline.input("ptx"), exclude=prompts["heldout"])["train"]
-    ppo = pipeline.step("ppo", "ppo", recipe.ppo, policy=sft, reward=reward, prompts=prompts["train"], reference=sft, ptx=ptx)[
-        "checkpoint"
-    ]
+    assert preferences is not None
+    learnt_from = {**_both(preferences), "demonstrations": demonstrations["train"], "samples": samples}
+    reward = pipeline.step("reward_model", "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
 
-    heldout = prompts["heldout"]
-    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, prompts=heldout)
-    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, prompts=heldout, reference=base, opponent=base)
-    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, prompts=heldout, reference=sft, opponent=sft)
+    measured = {"prompts": prompts["heldout"], "reward_model": reward}
+    pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, **measured)
+    pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, reference=base, opponent=base, **measured)
+
+    ptx = data["ptx"]["train"] if "ptx" in data else None
+    models = {"policy": sft, "reward": reward, "reference": sft}
+    ppo = pipeline.step("ppo", "ppo", recipe.ppo, prompts=prompts["train"], ptx=ptx, **models)["checkpoint"]
+    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, reference=sft, opponent=sft, **measured)
+
+
+def prepared(pipeline: Pipeline, recipe: RlhfRecipe) -> dict[str, Outputs]:
+    """The datasets by step, each a training and a held-out part."""
+
+    def prepare(name: str, config: PrepareConfig, source: Source, exclude: Source = None) -> Outputs:
+        return pipeline.step(name, "prepare", config, source=source, exclude=exclude)
+
+    data = {"prompts": prepare("prompts", recipe.prompts, pipeline.input("prompts", "preferences"))}
+    heldout = data["prompts"]["heldout"]
+    if recipe.base is not None and recipe.corpus is not None:
+        data["corpus"] = prepare("corpus", recipe.corpus, pipeline.input("corpus"), heldout)
+    source = pipeline.input("demonstrations", "preferences")
+    data["demonstrations"] = prepare("demonstrations", recipe.demonstrations, source, heldout)
+    if recipe.samples is None or recipe.labels is None:
+        config = recipe.preferences or PrepareConfig(heldout=0.1)
+        data["preferences"] = prepare("preferences", config, pipeline.input("preferences"), heldout)
+    if recipe.ppo.ptx is not None:
+        data["ptx"] = prepare("ptx", recipe.ptx or PrepareConfig(), pipeline.input("ptx"), heldout)
+    return data
+
+
+def _both(data: Outputs) -> dict[str, Source]:
+    return {"train": data["train"], "heldout": data["heldout"]}
 
 
 @flow(name="rlhf", flow_run_name="{recipe.name}", persist_result=False)

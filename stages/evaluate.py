@@ -2,11 +2,13 @@
 
     accuracy    share of completions that the verifier calls correct (= pass@1); pass_at_k over all samples of a prompt
     rewards.*   mean of further rewards
-    win_rate    share of prompts on which the judge scores the policy above the opponent; a tie counts one half
+    reward      mean of the learned reward, where a reward model is given: of exactly the tokens that were sampled
+    win_rate    share of prompts on which the judge, or without one the reward model, scores the policy above the opponent;
+                a tie counts one half
     kl          mean over completions of sum_t log pi(y_t) - log pi_ref(y_t), in nats a completion (k1, rl4llm 6.4)
 
 Every mean is over prompts, with a 95% bootstrap interval (percentiles over resampled prompts) in `_low` and `_high`.
-A reward of None is left out and counted.
+A reward of None is left out and counted; the learned one is None for what does not fit in the reward model's context.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import torch
 from stages.data.batching import pad, split_by_length
 from stages.data.parquet import read_schema, write_rows
 from stages.errors import InputError
-from stages.models.load import LoadedPolicy, load_policy
+from stages.models.load import DTYPES, LoadedPolicy, load_policy, require_same_tokens
 from stages.models.logprobs import TokenLogProbs
+from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
 from stages.rewards import Score, require_columns, score
 from stages.rollouts.sample import Sample, sample_rows
 from stages.run import Run
@@ -45,9 +48,10 @@ def evaluate(
     prompts: Path,
     reference: Path | None = None,
     opponent: Path | None = None,
+    reward_model: Path | None = None,
 ) -> None:
     """Measure `policy` on `prompts`; write every generation with its rewards. Raises InputError before sampling when a
-    reward lacks its column. Without an opponent the judge is not asked."""
+    reward lacks its column, or when the reward model reads other tokens. Without an opponent the judge is not asked."""
     wanted = [
         *([config.verifier] if config.verifier else []),
         *config.rewards,
@@ -58,21 +62,19 @@ def evaluate(
     rows = list(islice(run.rows(prompts), config.prompts))
 
     model = _load(config, policy)
+    learned = None if reward_model is None else _load_reward_model(config, reward_model, model)
     samples, dropped = _sample(config, run, model, rows, "policy")
     if not samples:
         raise InputError("every prompt fills the model's context: nothing was sampled")
+    rivals = None
+    if opponent is not None and (config.judge or learned):
+        rivals = _rivals(config, run, opponent, rows, None if config.judge else learned)
     values: dict[str, Values] = {f"rewards.{ref.name}": _totals(ref, samples) for ref in config.rewards}
     if config.verifier:
         values["accuracy"] = _totals(config.verifier, samples)
     if reference is not None:
-        other = _load(config, reference)
-        if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise InputError("the policy and the reference have different tokenizers, so there is no KL between them")
-        ours, theirs = (_log_likelihoods(config, samples, one) for one in (model, other))
-        values["kl"] = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if opponent is not None and config.judge is not None:
-        rivals, _ = _sample(config, run, _load(config, opponent), rows, "opponent")
-        values["win_rate"] = wins(config.judge, samples, rivals)
+        values["kl"] = _kl(config, samples, model, reference)
+    values |= _judged(config, samples, rivals, learned)
     values["length"] = [float(len(sample.completion.ids)) for sample in samples]
 
     metrics: dict[str, float] = {}
@@ -103,14 +105,44 @@ def by_prompt(samples: Sequence[Sample], numbers: Values) -> list[list[float]]:
     return list(groups.values())
 
 
-def wins(judge: RewardRef, ours: Sequence[Sample], theirs: Sequence[Sample]) -> Values:
+def _judged(
+    config: EvaluateConfig, samples: Sequence[Sample], rivals: Sequence[Sample] | None, learned: RewardModel | None
+) -> dict[str, Values]:
+    """The learned reward; the win rate by the judge or, without one, by the learned reward."""
+    found: dict[str, Values] = {}
+    theirs: Values = []
+    if learned is not None:
+        unjudged = [] if config.judge or rivals is None else rivals
+        rewards = learned_rewards(config, learned, [*samples, *unjudged])
+        found["reward"], theirs = rewards[: len(samples)], rewards[len(samples) :]
+    if rivals is not None and config.judge:
+        found["win_rate"] = wins(samples, rivals, _totals(config.judge, samples), _totals(config.judge, rivals))
+    elif rivals is not None:
+        found["win_rate"] = wins(samples, rivals, found["reward"], theirs)
+    return found
+
+
+def wins(ours: Sequence[Sample], theirs: Sequence[Sample], our_scores: Values, their_scores: Values) -> Values:
     """1, 0.5 or 0 for each of our samples against theirs of the same prompt and number; None where a score is missing."""
-    rivals = {(sample.row["id"], sample.sample): total for sample, total in zip(theirs, _totals(judge, theirs), strict=True)}
+    rivals = {(sample.row["id"], sample.sample): total for sample, total in zip(theirs, their_scores, strict=True)}
     result: Values = []
-    for sample, mine in zip(ours, _totals(judge, ours), strict=True):
+    for sample, mine in zip(ours, our_scores, strict=True):
         rival = rivals.get((sample.row["id"], sample.sample))
         result.append(None if mine is None or rival is None else 1.0 if mine > rival else 0.0 if mine < rival else 0.5)
     return result
+
+
+def learned_rewards(config: EvaluateConfig, learned: RewardModel, samples: Sequence[Sample]) -> Values:
+    """The reward model's reward of each sample, of exactly its tokens: one that was cut off has no EOS.
+
+    Equal samples are scored once: in batches of other shapes their last bits would differ, and decide who wins.
+    """
+    sequences = [(*sample.prompt_ids, *sample.completion.ids) for sample in samples]
+    fitting = [ids for ids in dict.fromkeys(sequences) if len(ids) <= learned.context]
+    module, limit = SequenceScores(learned.model), config.runtime.micro_batch_tokens
+    rewards_B = learned.rewards(raw_scores(module, learned, [np.array(ids) for ids in fitting], limit))
+    found = {ids: one for ids, one in zip(fitting, rewards_B.tolist(), strict=True) if math.isfinite(one)}
+    return [found.get(ids) for ids in sequences]
 
 
 def _load(config: EvaluateConfig, folder: Path) -> LoadedPolicy:
@@ -118,6 +150,27 @@ def _load(config: EvaluateConfig, folder: Path) -> LoadedPolicy:
     set_threads(config.runtime, count_parameters(policy.model))
     policy.model.to(accelerator_for(config.runtime).device).eval()  # pyright: ignore[reportArgumentType]
     return policy
+
+
+def _load_reward_model(config: EvaluateConfig, folder: Path, policy: LoadedPolicy) -> RewardModel:
+    learned = load_reward_model(folder)
+    require_same_tokens(policy, reward_model=learned)
+    check_scores(learned, packed=False)
+    learned.model.to(policy.model.device, dtype=DTYPES[config.dtype]).eval()  # pyright: ignore[reportArgumentType]
+    return learned
+
+
+def _rivals(
+    config: EvaluateConfig, run: Run, folder: Path, rows: list[dict[str, Any]], decides: RewardModel | None
+) -> list[Sample]:
+    """The opponent's samples, which `decides` can read when it is to score them."""
+    opponent = _load(config, folder)
+    if decides is not None and opponent.tokenizer.get_vocab() != decides.tokenizer.get_vocab():
+        raise InputError(
+            "the opponent's tokenizer differs from the reward model's, which is to decide the win rate: "
+            "set `judge` to a reward that reads text"
+        )
+    return _sample(config, run, opponent, rows, "opponent")[0]
 
 
 def _sample(
@@ -139,6 +192,14 @@ def _totals(ref: RewardRef, samples: Sequence[Sample]) -> Values:
     scores: list[Score | None] = score(ref.name, [s.text for s in samples], [s.row for s in samples], **ref.args)
     totals = [None if one is None else one.total for one in scores]
     return [None if total is None or math.isnan(total) else total for total in totals]
+
+
+def _kl(config: EvaluateConfig, samples: Sequence[Sample], model: LoadedPolicy, reference: Path) -> Values:
+    other = _load(config, reference)
+    if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise InputError("the policy and the reference have different tokenizers, so there is no KL between them")
+    ours, theirs = (_log_likelihoods(config, samples, one) for one in (model, other))
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 @torch.no_grad()

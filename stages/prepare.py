@@ -16,7 +16,7 @@ from typing import Any
 
 from stages.artifacts import digest_of
 from stages.data.parquet import RowWriter
-from stages.data.schemas import CANONICAL, TEXTS, canonical, prompt_text, row_id
+from stages.data.schemas import CANONICAL, TEXTS, canonical, in_form, prompt_text, row_id
 from stages.data.sources import read_source
 from stages.errors import InputError
 from stages.run import Run
@@ -95,6 +95,7 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
         row["prompt"] = [{"role": "system", "content": config.system}, *row["prompt"]]
     if config.extract == "gsm8k":
         row["answer"] = _gsm8k_answer(row, where)
+    row = in_form(row, config.form, where)
     ordered = {name: row[name] for name in CANONICAL if name in row}
     return {"id": row_id(row), **ordered, **{name: value for name, value in sorted(row.items()) if name not in ordered}}
 

@@ -65,11 +65,13 @@ class Pipeline:
     _redone: set[str] = field(default_factory=set)
     _makers: dict[str, str] = field(default_factory=dict)
 
-    def input(self, name: str) -> Dataset | Model:
-        """A resolved input of the recipe. Raises InputError when the recipe does not give it."""
-        if name not in self.inputs:
-            raise InputError(f"inputs.{name} is needed by this recipe's steps and is not given")
-        return self.inputs[name]
+    def input(self, name: str, *instead: str) -> Dataset | Model:
+        """A resolved input of the recipe, or one that may stand for it. Raises InputError when the recipe gives none."""
+        given = next((self.inputs[one] for one in (name, *instead) if one in self.inputs), None)
+        if given is None:
+            others = "".join(f", nor inputs.{one} in its place" for one in instead)
+            raise InputError(f"inputs.{name} is needed by this recipe's steps and is not given{others}")
+        return given
 
     def step(self, name: str, stage: str, config: Config, **sources: Source) -> Outputs:
         """Run or plan one step; inputs that are None are left out. Raises InputError when a required one is missing."""

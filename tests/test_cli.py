@@ -39,9 +39,10 @@ def stages(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
 
 
-STEPS = ["corpus", "base", "demonstrations", "sft", "prompts", "samples", "labels", "reward_model", "ppo"]
+STEPS = ["corpus", "base", "prompts", "demonstrations", "sft", "samples", "labels", "reward_model", "ppo"]
 STEPS += ["evaluate-base", "evaluate-sft", "evaluate-ppo"]
-AFTER_SFT = {"sft", "samples", "labels", "reward_model", "ppo", "evaluate-sft", "evaluate-ppo"}
+# All evaluations: the reward model that measures even the base is trained on samples of the SFT model.
+AFTER_SFT = {"sft", "samples", "labels", "reward_model", "ppo", "evaluate-base", "evaluate-sft", "evaluate-ppo"}
 
 
 @pytest.mark.xdist_group("cli")
@@ -56,9 +57,17 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     assert first["sft"]["metrics"]["heldout_loss"] > 0
     assert 0 <= first["evaluate-sft"]["metrics"]["accuracy_low"] <= first["evaluate-sft"]["metrics"]["accuracy_high"] <= 1
 
+    for name in ("evaluate-base", "evaluate-sft", "evaluate-ppo"):
+        assert first[name]["metrics"]["reward_low"] < first[name]["metrics"]["reward"] < first[name]["metrics"]["reward_high"]
+
     second = stages(posttrain(state, "run", RECIPE, "--json"))
     assert {stage["status"] for stage in second.values()} == {"skipped"}
     assert [stage["artifacts"] for stage in second.values()] == [stage["artifacts"] for stage in first.values()]
+
+    # What is held out is taken out of the demonstrations.
+    planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", "--set", "prompts.heldout=0.3"))
+    assert {name for name, stage in planned.items() if stage["action"] == "skip"} == {"corpus", "base"}
+    assert planned["demonstrations"]["reason"] == "its input comes from the step prompts, which runs"
 
     change = ("--set", "sft.optimizer.lr=2e-3")
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", *change))

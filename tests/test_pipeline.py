@@ -44,6 +44,14 @@ def test_missing_inputs_are_named(store: Store) -> None:
         pipeline.step("sft", "sft", SftConfig(), model=pipeline.input("model"), train=None)
 
 
+def test_one_input_may_stand_for_another(store: Store) -> None:
+    pipeline = planning(store)
+    assert pipeline.input("prompts", "data") == pipeline.input("data")
+    assert pipeline.input("model", "data") == pipeline.input("model")
+    with pytest.raises(InputError, match=r"inputs\.prompts is needed .*and is not given, nor inputs\.rows in its place"):
+        pipeline.input("prompts", "rows")
+
+
 def test_from_step_must_exist(store: Store) -> None:
     pipeline = planning(store, from_step="dato")
     pipeline.step("data", "prepare", PrepareConfig(rows=5), source=pipeline.input("data"))

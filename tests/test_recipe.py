@@ -24,6 +24,18 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert parse(RlhfRecipe, read_recipe(path), str(path)).name == path.stem
 
 
+@pytest.mark.parametrize("name", ["hh-smollm2", "hh-smollm2-small"])
+def test_the_hh_recipes_hold_out_the_same_prompts_in_all_three_forms(name: str) -> None:
+    recipe = parse(RlhfRecipe, read_recipe(ROOT / "configs" / f"{name}.yaml"), name)
+    forms = [recipe.demonstrations, recipe.prompts, recipe.preferences]
+    assert [(one.form, one.split_by) for one in forms if one] == [
+        ("demonstrations", "prompt"),
+        ("prompts", "prompt"),
+        ("as_given", "prompt"),
+    ]
+    assert len({(one.heldout, one.seed, one.config, one.split) for one in forms if one}) == 1
+
+
 def test_the_recipes_seed_reaches_every_step_that_sets_none() -> None:
     assert tiny().sft.seed == 3
     recipe = tiny("sft.seed=9", seed=5)

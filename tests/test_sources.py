@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -39,6 +40,11 @@ def write_csv(path: Path) -> None:
         writer.writerows(ROWS)
 
 
+def write_gzipped(path: Path) -> None:
+    write_jsonl(path)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
 def write_parquet(path: Path) -> None:
     write_rows(path.parent, ROWS)
     (path.parent / "data.parquet").rename(path)
@@ -46,6 +52,7 @@ def write_parquet(path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "jsonl": write_jsonl,
+    "jsonl.gz": write_gzipped,
     "json": write_json,
     "csv": write_csv,
     "parquet": write_parquet,
@@ -101,11 +108,14 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     "too many values": ("rows.csv", "a,b\n1,2\n3,4,5\n", "rows.csv line 3: has more values than the header has columns"),
     "a CSV field without end": ("rows.csv", "a\n1\n" + "2" * 200_000, "rows.csv: cannot be read after row 1: field larger"),
     "no UTF-8": ("rows.jsonl", '{"a": "é"}\n'.encode("latin-1"), "rows.jsonl: cannot be read after row 0: 'utf-8' codec"),
+    "no gzip": ("rows.jsonl.gz", '{"a": 1}\n', "rows.jsonl.gz: cannot be read after row 0: Not a gzipped file"),
+    "gzip cut short": ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], "rows.jsonl.gz: cannot be read after row "),
+    "gzip of another kind": ("rows.txt.gz", gzip.compress(b"a"), "rows.txt.gz: cannot read rows from a .txt.gz; use one of"),
     "no Parquet": ("rows.parquet", "PAR1", "rows.parquet: not a readable Parquet file"),
     "an unknown suffix": (
         "notes.txt",
         "a",
-        "notes.txt: cannot read rows from a .txt; use one of .jsonl, .json, .csv",
+        "notes.txt: cannot read rows from a .txt; use one of .jsonl, .jsonl.gz, .json, .csv",
     ),
     "no suffix": ("LICENSE", "MIT", "LICENSE: cannot read rows from a file without suffix; use one of"),
 }
@@ -170,6 +180,28 @@ def test_hub_clone_of_several_configs_and_splits(hub: Path) -> None:
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             read(hub, **wrong)
+
+
+def test_hub_clone_whose_parts_are_folders(hub: Path) -> None:
+    """As Anthropic/hh-rlhf is: no configs declared, gzipped files, one part of other columns."""
+    for number, (part, split) in enumerate([("harmless", "train"), ("harmless", "test"), ("helpful", "train")]):
+        (hub / part).mkdir(exist_ok=True)
+        (hub / part / f"{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps({"n": number}).encode()))
+    (hub / "red-team").mkdir()
+    (hub / "red-team" / "red.jsonl.gz").write_bytes(gzip.compress(b'{"rating": 1}'))
+    assert read(hub, config="harmless") == [("clone/train row 1", {"n": 0})]
+    assert read(hub, config="harmless", split="test") == [("clone/test row 1", {"n": 1})]
+    assert read(hub, config="helpful") == [("clone/train row 1", {"n": 2})]
+    with pytest.raises(InputError, match="BuilderConfig 'other' not found"):
+        read(hub, config="other")
+
+
+def test_a_declared_config_wins_over_a_folder_of_its_name(hub: Path) -> None:
+    (hub / "main").mkdir()
+    write_jsonl(hub / "main" / "train.jsonl", [{"n": 1}])
+    write_jsonl(hub / "declared.jsonl", [{"n": 2}])
+    (hub / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: declared.jsonl\n---\n")
+    assert read(hub, config="main") == [("clone/train row 1", {"n": 2})]
 
 
 def test_hub_clone_without_data_or_with_bad_data(hub: Path) -> None:

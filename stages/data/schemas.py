@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from stages.artifacts import canonical_json, digest_of
 from stages.errors import InputError
@@ -48,6 +48,23 @@ def canonical(row: Row, where: str) -> Row:
             row[name] = _text(row[name], where, name)
     _check(row, where)
     return row
+
+
+def in_form(row: Row, form: Literal["as_given", "demonstrations", "prompts"], where: str) -> Row:
+    """A canonical row as a demonstration of its chosen answer, or as its prompt alone. Raises InputError when it lacks that."""
+    if form == "as_given":
+        return row
+    others = {name: value for name, value in row.items() if name == "prompt" or name not in CANONICAL}
+    if form == "prompts":
+        if not prompt_text(row["prompt"]).strip():
+            raise InputError(f'{where}: `form: prompts` needs a prompt, and "prompt" is empty')
+        return others
+    if "chosen" not in row:
+        have = ", ".join(name for name in CANONICAL if name in row)
+        raise InputError(
+            f"{where}: `form: demonstrations` takes the chosen answer of preferences, and this row has only {have}"
+        )
+    return others | {"completion": row["chosen"]}
 
 
 def row_id(row: Row) -> str:

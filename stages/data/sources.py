@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,8 +23,8 @@ PROCEDURAL_FILE = "procedural.json"
 def read_source(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
     """(where, row) pairs of a source's folder, streamed, at most `config.rows` of them.
 
-    Reads a procedural source, flat files (JSONL, JSON, CSV, Parquet) or a clone of a hub dataset. Raises InputError for a
-    line that is no JSON object, an unreadable file, an unknown format.
+    Reads a procedural source, flat files (JSONL, gzipped too, JSON, CSV, Parquet) or a clone of a hub dataset. Raises
+    InputError for a line that is no JSON object, an unreadable file, an unknown format.
     """
     if (folder / PROCEDURAL_FILE).is_file():
         return _procedural(folder, config)
@@ -41,11 +43,15 @@ def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
 
 
 def _hub(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
-    from datasets import load_dataset
+    from datasets import get_dataset_config_names, load_dataset
 
     name, number = f"{folder.name}/{config.split}", 0
+    part, inner = config.config, None
     try:
-        rows = load_dataset(str(folder), config.config, split=config.split, streaming=True)
+        # Some datasets (HH-RLHF) keep their parts in folders and declare no configs for them.
+        if part and (folder / part).is_dir() and part not in get_dataset_config_names(str(folder)):
+            part, inner = None, part
+        rows = load_dataset(str(folder), part, data_dir=inner, split=config.split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield f"{name} row {number}", dict(row)
     except (ValueError, OSError) as error:  # an unknown config or split, no data files, a file cut short
@@ -53,21 +59,22 @@ def _hub(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
 
 
 def _file(path: Path) -> Iterator[RawRow]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
+    readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if suffix not in readers:
         raise InputError(
-            f"{path.name}: cannot read rows from a {path.suffix or 'file without suffix'}; use one of {', '.join(readers)}"
+            f"{path.name}: cannot read rows from a {suffix or 'file without suffix'}; use one of {', '.join(readers)}"
         )
     number = 0
     try:
-        for number, row in enumerate(readers[path.suffix](path), start=1):
+        for number, row in enumerate(readers[suffix](path), start=1):
             yield f"{path.name} row {number}", row
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path.name}: cannot be read after row {number}: {error}") from error
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

