@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe; what is computed already is skipped")
     run.add_argument("recipe", type=Path, help="a YAML file, for example configs/quickstart.yaml")
     run.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", dest="settings", help="change one value")
-    run.add_argument("--seed", type=int, help="the recipe's seed")
+    seeds = run.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, help="the recipe's seed")
+    seeds.add_argument("--seeds", type=_numbers, metavar="N,N", help="run once a seed, and end with a table over the seeds")
     run.add_argument("--from", dest="from_step", metavar="STEP", help="recompute this step and what follows from it")
     run.add_argument("--dry-run", action="store_true", help="say what each step would do, and why; compute nothing")
     run.add_argument("--json", action="store_true", help="end with one JSON document on stdout; all else goes to stderr")
@@ -69,33 +71,49 @@ def run_command(options: argparse.Namespace) -> int:
     from flows.recipe import near, parse, read_recipe
     from stages.specs import STAGES
 
-    values = read_recipe(options.recipe, options.settings, options.seed)
-    if values["flow"] not in (names := [*PIPELINES, *STAGES]):
-        raise InputError(f"{options.recipe}: no flow is named {values['flow']!r}{near(values['flow'], names)}")
+    seeds = options.seeds or [options.seed]
+    every = [read_recipe(options.recipe, options.settings, seed) for seed in seeds]
+    flow = every[0]["flow"]
+    if flow not in (names := [*PIPELINES, *STAGES]):
+        raise InputError(f"{options.recipe}: no flow is named {flow!r}{near(flow, names)}")
     from tasks.home import configure_environment
 
     root = configure_environment()
     if options.dry_run:
-        return _plan(options, values, stdout)
+        if options.seeds:
+            raise InputError("--dry-run plans one seed; give it with --seed")
+        return _plan(options, every[0], stdout)
     from flows.server import start_prefect_server, wait_until_ready
 
     # The server starts while this process imports what it needs.
     start_prefect_server(root)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    definition = _definition(values["flow"])
-    recipe = parse(definition.recipe, values, str(options.recipe))
+    definition = _definition(flow)
+    recipes = [parse(definition.recipe, values, str(options.recipe)) for values in every]
     importlib.import_module("stages.request")
     wait_until_ready(root)
-    from tasks.display import Terminal
-    from tasks.report import print_results
+    from rich.console import Console
 
-    with Terminal() as terminal:
-        results = definition.flow(recipe, from_step=options.from_step)
-    print_results(terminal.console, recipe.name, results)
-    if options.json:
+    from tasks.display import Terminal
+    from tasks.report import print_results, print_seeds
+
+    documents, of_seeds = [], {}
+    for recipe in recipes:
+        with Terminal() as terminal:
+            results = of_seeds[recipe.seed] = definition.flow(recipe, from_step=options.from_step)
+        print_results(terminal.console, recipe.name, results)
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
-        _write_document({"stages": [result.model_dump(mode="json", include=fields) for result in results]}, stdout)
+        stages = [result.model_dump(mode="json", include=fields) for result in results]
+        documents.append({"seed": recipe.seed, "stages": stages})
+    if options.seeds:
+        print_seeds(Console(stderr=True), recipes[0].name, of_seeds)
+    if options.json:
+        _write_document({"seeds": documents} if options.seeds else {"stages": documents[0]["stages"]}, stdout)
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _definition(name: str) -> Definition:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from prefect import Flow
 from prefect.runtime import flow_run
 
 from flows.recipe import Recipe
+from stages.artifacts import Dataset, Model
 from tasks.execute import StepResult
 from tasks.home import configure_environment
 from tasks.pipeline import Pipeline, resolve_inputs
@@ -33,16 +34,20 @@ def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> li
     store = Store(configure_environment())
     pipeline_id = str(flow_run.id)
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
+    # A missing input or an unknown step shows here, before anything is computed.
+    _plan(store, recipe, steps, inputs, from_step)
     pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, from_step=from_step)
     steps(pipeline, recipe)
-    pipeline.check_from_step()
     return pipeline.results
 
 
 def plan_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> Pipeline:
     """What running a recipe would do now. Starts no server and computes nothing."""
     store = Store(configure_environment())
-    inputs = resolve_inputs(store, recipe.name, recipe.references(), None)
+    return _plan(store, recipe, steps, resolve_inputs(store, recipe.name, recipe.references(), None), from_step)
+
+
+def _plan(store: Store, recipe: R, steps: Steps[R], inputs: Mapping[str, Dataset | Model], from_step: str | None) -> Pipeline:
     pipeline = Pipeline(recipe.name, store, inputs, "", recipe.launch, only_plan=True, from_step=from_step)
     steps(pipeline, recipe)
     pipeline.check_from_step()

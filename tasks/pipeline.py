@@ -115,7 +115,7 @@ class Pipeline:
 
     def check_from_step(self) -> None:
         """Raise InputError when `from_step` named no step of this pipeline."""
-        names = [result.name for result in self.results] + [name for name, _, _ in self.plans]
+        names = [name for name, _, _ in self.plans]
         if self.from_step is not None and self.from_step not in names:
             raise InputError(f"--from {self.from_step}: no step has this name; there are {', '.join(names)}")
 

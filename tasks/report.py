@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from stages.specs import STAGES
 from tasks.display import print_wide
-from tasks.execute import StepResult, headline
+from tasks.execute import StepResult, headline, number
 from tasks.plan import Plan
 from tasks.store import Store
 
@@ -28,6 +28,26 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
     for result in results:
         if result.plot is not None:
             console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True, markup=False)
+
+
+def print_seeds(console: Console, recipe: str, of_seeds: Mapping[int, Sequence[StepResult]]) -> None:
+    """The numbers that matter of each seed, with their 95% intervals where a step measured them; their mean over seeds."""
+    table = Table(title=f"{recipe} over seeds", title_justify="left")
+    for column in ("step", "number", *(f"seed {seed}" for seed in of_seeds), "mean"):
+        table.add_column(column, justify="left" if column in ("step", "number") else "right")
+    for steps in zip(*of_seeds.values(), strict=True):
+        for name in STAGES[steps[0].stage].headline:
+            values = [step.metrics[name] for step in steps if name in step.metrics]
+            if len(values) == len(steps):
+                cells = [with_interval(step.metrics, name) for step in steps]
+                table.add_row(steps[0].name, name, *cells, number(sum(values) / len(values)))
+    print_wide(console, table)
+
+
+def with_interval(metrics: Mapping[str, float], name: str) -> str:
+    """`0.79 (0.748-0.83)`."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return number(metrics[name]) + ("" if low is None or high is None else f" ({number(low)}-{number(high)})")
 
 
 def print_plan(console: Console, recipe: str, plans: Sequence[tuple[str, str, Plan]]) -> None:

@@ -39,8 +39,8 @@ def stages(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
 
 
-STEPS = ["corpus", "base", "prompts", "demonstrations", "sft", "samples", "labels", "reward_model", "ppo"]
-STEPS += ["evaluate-base", "evaluate-sft", "evaluate-ppo"]
+STEPS = ["prompts", "corpus", "demonstrations", "ptx", "base", "sft", "samples", "labels", "reward_model"]
+STEPS += ["evaluate-base", "evaluate-sft", "ppo", "evaluate-ppo"]
 # All evaluations: the reward model that measures even the base is trained on samples of the SFT model.
 AFTER_SFT = {"sft", "samples", "labels", "reward_model", "ppo", "evaluate-base", "evaluate-sft", "evaluate-ppo"}
 
@@ -64,9 +64,9 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     assert {stage["status"] for stage in second.values()} == {"skipped"}
     assert [stage["artifacts"] for stage in second.values()] == [stage["artifacts"] for stage in first.values()]
 
-    # What is held out is taken out of the demonstrations.
+    # What is held out is taken out of all that is trained on.
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", "--set", "prompts.heldout=0.3"))
-    assert {name for name, stage in planned.items() if stage["action"] == "skip"} == {"corpus", "base"}
+    assert {stage["action"] for stage in planned.values()} == {"run"}
     assert planned["demonstrations"]["reason"] == "its input comes from the step prompts, which runs"
 
     change = ("--set", "sft.optimizer.lr=2e-3")
@@ -83,6 +83,29 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
 
     shown = posttrain(state, "artifacts", "tiny-sft")
     assert "tiny-sft-generations" in shown.stdout
+
+    mistaken = posttrain(state, "run", RECIPE, "--seed", "99", "--from", "stf")
+    assert mistaken.returncode == 2
+    assert "--from stf: no step has this name; there are prompts, corpus" in mistaken.stderr
+    assert "ran" not in mistaken.stderr, "it was seen before anything was computed"
+
+
+@pytest.mark.xdist_group("cli")
+def test_seeds_are_run_in_turn_and_compared(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("flow: prepare\ninputs: {source: 'procedural:chain-sum/prompts'}\nprepare: {rows: 40, heldout: 0.5}\n")
+    done = posttrain(tmp_path / "state", "run", str(recipe), "--json", "--seeds", "5,6")
+    assert done.returncode == 0, done.stderr
+    of_seeds = {one["seed"]: one["stages"] for one in json.loads(done.stdout)["seeds"]}
+    rows = {seed: steps[0]["metrics"]["rows_heldout"] for seed, steps in of_seeds.items()}
+    assert list(rows) == [5, 6]
+    assert rows[5] != rows[6]
+    [line] = [line for line in done.stderr.splitlines() if "rows_heldout" in line and "seed" not in line and "->" not in line][
+        -1:
+    ]
+    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+    assert cells[1:4] == ["rows_heldout", f"{rows[5]:.0f}", f"{rows[6]:.0f}"]
+    assert float(cells[4]) == pytest.approx((rows[5] + rows[6]) / 2, abs=0.05)
 
 
 @pytest.mark.xdist_group("cli")
