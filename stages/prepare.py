@@ -23,6 +23,8 @@ from stages.run import Run
 from stages.specs.prepare import Filters, PrepareConfig
 
 Row = dict[str, Any]
+# What tells prompts, demonstrations, preferences and rankings apart.
+KIND = tuple(name for name in CANONICAL if name not in ("id", "prompt", "margin"))
 GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 
 
@@ -58,7 +60,7 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, exclude: Path | No
 def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator[Row]:
     """Canonical rows after filters and de-duplication; what is left out is counted."""
     seen: set[str] = set()
-    prompt_type: type | None = None
+    first: Row | None = None
     for where, raw in read_source(source, config):
         counts["read"] += 1
         try:
@@ -68,12 +70,17 @@ def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator
                 raise
             counts[f"unusable: {str(error).removeprefix(where).lstrip(':, ')}"] += 1
             continue
-        prompt_type = prompt_type or type(row["prompt"])
-        if type(row["prompt"]) is not prompt_type:
-            raise InputError(f'{where}: "prompt" is {_kind(row["prompt"])}, earlier rows had the other kind; set `chat: true`')
         reason = _filtered(config.filters, row)
         if reason:
             counts[f"filtered: {reason}"] += 1
+            continue
+        first = first or row
+        if type(row["prompt"]) is not type(first["prompt"]):
+            raise InputError(f'{where}: "prompt" is {_kind(row["prompt"])}, earlier rows had the other kind; set `chat: true`')
+        if differs := _differs(first, row):
+            if config.unusable == "refuse":
+                raise InputError(f"{where}: {differs}")
+            counts[f"unusable: {differs}"] += 1
             continue
         if config.deduplicate and row["id"] in seen:
             counts["duplicates"] += 1
@@ -98,6 +105,16 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
     row = in_form(row, config.form, where)
     ordered = {name: row[name] for name in CANONICAL if name in row}
     return {"id": row_id(row), **ordered, **{name: value for name, value in sorted(row.items()) if name not in ordered}}
+
+
+def _differs(first: Row, row: Row) -> str | None:
+    """In words, what makes a row no demonstration, preference or whatever else the first one is."""
+    for name in KIND:
+        if name in first and name not in row:
+            return f'no column "{name}", which the first row has'
+        if name in row and name not in first:
+            return f'a column "{name}", which the first row has not'
+    return None
 
 
 def _gsm8k_answer(row: Row, where: str) -> str:

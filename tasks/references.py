@@ -95,7 +95,7 @@ def _copy(text: str, kind: Kind, folder: Path) -> None:
 def _existing(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.glob("[!.]*")]
         raise InputError(f"{text}: no such file{_near(path.name, siblings)}")
     return path
 

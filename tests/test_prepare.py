@@ -479,3 +479,21 @@ def test_one_share_gives_each_prompt_one_side_in_every_form(tmp_path: Path) -> N
     assert len(train) > 100
     assert len(heldout) > 40
     assert not train & heldout
+
+
+BARE, FULL = {"prompt": "a"}, {"prompt": "b", "completion": "c"}
+LACKS, HAS = 'no column "completion", which the first row has', 'a column "completion", which the first row has not'
+
+
+@pytest.mark.parametrize(("rows", "words"), [([FULL, BARE], LACKS), ([BARE, FULL], HAS)])
+def test_rows_of_another_kind_than_the_first_are_unusable(tmp_path: Path, rows: list[Row], words: str) -> None:
+    with pytest.raises(InputError, match=f"rows.jsonl row 2: {words}$"):
+        prepare(tmp_path / "refuse", rows)
+    done = prepare(tmp_path / "drop", rows, unusable="drop")
+    assert [row["prompt"] for row in done.train] == [rows[0]["prompt"]]
+    assert done.counts[f"unusable: {words}"] == 1
+    # What a filter leaves out may be of any kind; a margin may be there or not.
+    kept = prepare(tmp_path / "filter", [row | {"of": row["prompt"]} for row in rows], filters={"equals": {"of": "a"}})
+    assert [row["prompt"] for row in kept.train] == ["a"]
+    pairs = [{"prompt": name, "chosen": "yes", "rejected": "no"} for name in "ab"]
+    assert len(prepare(tmp_path / "margin", [pairs[0], pairs[1] | {"margin": 0.5}]).train) == 2
