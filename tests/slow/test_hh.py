@@ -15,7 +15,6 @@ from conftest import ROOT
 
 from stages.artifacts import handle
 from stages.data.parquet import read_rows
-from stages.specs import STAGES
 from tasks.home import configure_environment
 from tasks.store import Store
 
@@ -50,12 +49,8 @@ def folders(run: tuple[Path, dict[str, dict[str, Any]]], monkeypatch: pytest.Mon
     state, steps = run
     monkeypatch.setenv("POSTTRAIN_HOME", str(state))
     store = Store(configure_environment())
-    kinds = {name: STAGES[step["stage"]].outputs for name, step in steps.items()}
-    return {
-        (name, output): store.locate(handle(kinds[name][output], **made))
-        for name, step in steps.items()
-        for output, made in step["artifacts"].items()
-    }
+    made = [(name, output, given) for name, step in steps.items() for output, given in step["artifacts"].items()]
+    return {(name, output): store.locate(handle(**given)) for name, output, given in made}
 
 
 def test_it_runs_to_the_end_and_reports_what_it_measured(run: tuple[Path, dict[str, dict[str, Any]]]) -> None:
