@@ -45,7 +45,32 @@ STEPS += ["evaluate-base", "evaluate-sft", "ppo", "evaluate-ppo"]
 AFTER_SFT = {"sft", "samples", "labels", "reward_model", "ppo", "evaluate-base", "evaluate-sft", "evaluate-ppo"}
 
 
-@pytest.mark.xdist_group("cli")
+# A fresh process that knows nothing of posttrain: what it finds and can read.
+PLAIN = """
+import json, sys
+from pathlib import Path
+import datasets, pyarrow.parquet, transformers
+found = []
+for file in sorted(Path(sys.argv[1]).rglob("*.parquet")):
+    rows = pyarrow.parquet.read_table(file)
+    loaded = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=sys.argv[2])
+    assert loaded.num_rows == rows.num_rows > 0 and loaded.column_names == rows.column_names, file
+    assert [row["id"] for row in loaded] == rows["id"].to_pylist(), file
+    found.append("dataset")
+for file in sorted(Path(sys.argv[1]).rglob("config.json")):
+    name = json.loads(file.read_text())["architectures"][0]
+    model, loading = getattr(transformers, name).from_pretrained(file.parent, output_loading_info=True)
+    assert not any(loading.values()), (file, loading)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent)
+    chat = [{"role": "user", "content": "1+2"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model(**ids).logits.isfinite().all(), file
+    found.append(name)
+assert "stages" not in sys.modules
+print(json.dumps(found))
+"""
+
+
 def test_first_run_then_second_then_changes(state: Path) -> None:
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json"))
     assert [stage["action"] for stage in planned.values()] == ["run"] * len(STEPS)
@@ -63,6 +88,19 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     second = stages(posttrain(state, "run", RECIPE, "--json"))
     assert {stage["status"] for stage in second.values()} == {"skipped"}
     assert [stage["artifacts"] for stage in second.values()] == [stage["artifacts"] for stage in first.values()]
+
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(state / "artifacts"), str(state / "cache")],
+        cwd=state,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    datasets = sum(made["kind"] == "dataset" for stage in first.values() for made in stage["artifacts"].values())
+    languages, classifiers = ["LlamaForCausalLM"] * 3, ["LlamaForSequenceClassification"] * 2
+    assert sorted(json.loads(done.stdout)) == sorted([*["dataset"] * datasets, *languages, *classifiers])
 
     # What is held out is taken out of all that is trained on.
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", "--set", "prompts.heldout=0.3"))
@@ -90,7 +128,6 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     assert "ran" not in mistaken.stderr, "it was seen before anything was computed"
 
 
-@pytest.mark.xdist_group("cli")
 def test_seeds_are_run_in_turn_and_compared(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("flow: prepare\ninputs: {source: 'procedural:chain-sum/prompts'}\nprepare: {rows: 40, heldout: 0.5}\n")
@@ -108,7 +145,6 @@ def test_seeds_are_run_in_turn_and_compared(tmp_path: Path) -> None:
     assert float(cells[4]) == pytest.approx((rows[5] + rows[6]) / 2, abs=0.05)
 
 
-@pytest.mark.xdist_group("cli")
 def test_killed_command_goes_on_and_leaves_no_server(tmp_path: Path) -> None:
     arguments = [*COMMAND, "run", RECIPE, "--json", "--set", "base.steps=300", "--set", "base.runtime.save_every=20"]
     log = (tmp_path / "log").open("w")
@@ -132,7 +168,6 @@ def test_killed_command_goes_on_and_leaves_no_server(tmp_path: Path) -> None:
         assert {output: made["digest"] for output, made in whole[name]["artifacts"].items()} == before
 
 
-@pytest.mark.xdist_group("cli")
 def test_ctrl_c_ends_at_once_and_the_flow_run_is_not_left_running(tmp_path: Path) -> None:
     """As a terminal does it: the signal goes to the whole group of processes."""
     log = (tmp_path / "log").open("w+")

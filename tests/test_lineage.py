@@ -26,7 +26,6 @@ from tasks.plan import StepCall
 from tasks.references import resolve
 from tasks.store import Store
 
-pytestmark = pytest.mark.xdist_group("lineage")
 Handles = dict[str, Dataset | Model]
 
 
