@@ -60,12 +60,9 @@ def wait_for_ctrl_c(served: tuple[Page, ...]) -> None:
 
 
 def _prefect_settings(root: Path, port: int) -> dict[str, str]:
-    address = f"http://{HOST}:{port}/api"
-    # The page calls the address that it is told, which is else that of port 4200; it is copied to a place that can be written.
+    # The page calls the address that it is told, else that of port 4200. It is copied to a place that can surely be written.
     return {
-        "PREFECT_API_URL": address,
-        "PREFECT_UI_API_URL": address,
-        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_UI_STATIC_DIRECTORY": str(root / "prefect" / "ui"),
     }
 

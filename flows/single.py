@@ -41,11 +41,12 @@ def steps(pipeline: Pipeline, recipe: StageRecipe) -> None:
 def recipe_of(spec: StageSpec) -> type[StageRecipe]:
     """A recipe's class with the stage's config under the stage's name, and under `inputs` one reference a port."""
     title = spec.name.replace("_", " ").capitalize()
+    needed = ", ".join(name for name, port in spec.inputs.items() if port.required)
     ports: dict[str, Any] = {name: _port(name, port) for name, port in spec.inputs.items()}
     # A class instead of Recipe's mapping: the form then has a field a port, and one that is missing is named.
     inputs = create_model(f"{title} inputs", __base__=Config, **ports)
     fields: dict[str, Any] = {
-        "inputs": (inputs, Field(default_factory=dict, title="Inputs", description="A reference a port of the stage.")),
+        "inputs": (inputs, Field(title="Inputs", description=f"References, of {needed} at least.")),
         spec.name: (spec.config, Field(title=title, description="The stage's config.")),
     }
     made = create_model(f"{title} recipe", __base__=StageRecipe, **fields)
@@ -57,7 +58,7 @@ def _port(name: str, port: Port) -> Any:
     about = f"A {port.kind}: {EXAMPLES[port.kind]}."
     if port.required:
         return str, Field(title=name, description=about)
-    return str | None, Field(default=None, title=name, description=f"Optional. {about}")
+    return str | None, Field(default=None, title=name, description=about)
 
 
 def flow_of(kind: type[StageRecipe]) -> Flow[..., list[StepResult]]:

@@ -21,7 +21,7 @@ from stages.errors import InputError
 from stages.specs import STAGES
 from tasks.execute import execute
 from tasks.home import configure_environment
-from tasks.lineage import Node, print_lineage, trace
+from tasks.lineage import Node, _node, print_lineage, trace
 from tasks.plan import StepCall
 from tasks.references import resolve
 from tasks.store import Store
@@ -125,6 +125,21 @@ def test_every_artifact_with_what_made_it(store: Store, pipeline: dict[str, Hand
     rows = {name: node.rows for name, node in found.items() if node.rows is not None}
     assert rows == {"r-data-train/1": 20 - rows["r-data-heldout/1"], "r-data-heldout/1": rows["r-data-heldout/1"]}
     assert not [node for node in nodes if node.problems]
+
+
+def test_an_artifact_reached_by_many_ways_is_read_once(
+    store: Store, pipeline: dict[str, Handles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the work doubles with every step behind it that takes two things from one place."""
+    read: list[str] = []
+
+    def counted(store: Store, given: Dataset | Model) -> Any:
+        read.append(str(given))
+        return _node(store, given)
+
+    monkeypatch.setattr("tasks.lineage._node", counted)
+    nodes = trace(store, "models:/later-more/1")
+    assert read == [str(node) for node in nodes]
 
 
 def test_a_tree_tells_each_artifact_once(store: Store, pipeline: dict[str, Handles]) -> None:

@@ -74,6 +74,7 @@ def test_the_form_of_every_stage_says_what_each_field_is(stage: str) -> None:
     schema = parameter_schema(definition(stage).flow.fn).model_dump()
     recipe = schema["definitions"][schema["properties"]["recipe"]["$ref"].rpartition("/")[2]]
     assert set(recipe["properties"]) == {"name", "seed", "inputs", "launch", stage}
+    assert set(recipe["required"]) == {"name", "inputs", stage}
     inputs = schema["definitions"][recipe["properties"]["inputs"]["$ref"].rpartition("/")[2]]
     assert set(inputs["properties"]) == set(STAGES[stage].inputs)
     assert inputs["required"] == [name for name, port in STAGES[stage].inputs.items() if port.required]
@@ -129,9 +130,11 @@ def test_what_is_refused_when_the_recipe_is_read(tmp_path: Path, settings: tuple
         planned(tmp_path / "x.yaml", {"flow": "sft", "inputs": INPUTS, "sft": SFT}, *settings)
 
 
-def test_a_stage_without_its_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"x\.yaml: sft is missing: The stage's config"):
-        planned(tmp_path / "x.yaml", {"flow": "sft", "inputs": INPUTS})
+def test_a_stage_without_its_config_or_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        planned(tmp_path / "x.yaml", {"flow": "sft"})
+    said = ["inputs is missing: References, of model, train at least.", "sft is missing: The stage's config."]
+    assert str(raised.value).splitlines() == [f"x.yaml: {line}" for line in said]
 
 
 def test_a_stage_alone_is_killed_and_goes_on(store: Store, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ import pytest
 from conftest import ROOT
 from test_cli import COMMAND, RECIPE, environment_for, posttrain, processes_of, stages
 
+from flows.pages import pages, wait_for_ctrl_c
+from tasks.home import configure_environment
+
 pytestmark = pytest.mark.slow
 
 
@@ -108,6 +111,16 @@ def test_both_pages_show_what_a_run_makes_meanwhile(tmp_path: Path) -> None:
     said = (tmp_path / "ui.log").read_text()
     assert "Traceback" not in said
     assert not processes_of(state)
+
+
+def test_servers_are_stopped_and_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path))
+    with pages(configure_environment(), free_port(), free_port()) as served:
+        assert [page.child.poll() for page in served] == [None, None]
+        served[1].child.kill()
+        with pytest.raises(RuntimeError, match=rf"the server of {served[1].address} ended; the end of .*mlflow\.log"):
+            wait_for_ctrl_c(served)
+    assert served[0].child.poll() not in (None, -signal.SIGKILL)
 
 
 def test_a_taken_port_is_said_and_a_killed_command_leaves_nothing(tmp_path: Path) -> None:
