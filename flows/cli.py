@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -144,6 +145,7 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
 
 def artifacts_command(options: argparse.Namespace) -> int:
     """`posttrain artifacts`."""
+    _end_with_reader()
     from tasks.home import configure_environment
     from tasks.report import print_artifacts
     from tasks.store import Store
@@ -154,6 +156,7 @@ def artifacts_command(options: argparse.Namespace) -> int:
 
 def lineage_command(options: argparse.Namespace) -> int:
     """`posttrain lineage`."""
+    _end_with_reader()
     stdout = _divert_stdout()
     from rich.console import Console
 
@@ -196,6 +199,11 @@ def _write_document(document: dict[str, Any], stdout: TextIO) -> None:
     json.dump(document, stdout, indent=1)
     stdout.write("\n")
     stdout.flush()
+
+
+def _end_with_reader() -> None:
+    """For commands that only tell: end without a word when the reader (`| head`) has seen enough."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _divert_stdout() -> TextIO:
