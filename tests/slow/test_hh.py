@@ -19,8 +19,8 @@ from tasks.home import configure_environment
 from tasks.store import Store
 
 pytestmark = pytest.mark.slow
-STEPS = ["prompts", "demonstrations", "sft", "preferences", "reward_model", "ppo"]
-STEPS += ["evaluate-base", "evaluate-sft", "evaluate-ppo"]
+STEPS = ["prompts", "demonstrations", "preferences", "sft", "reward_model"]
+STEPS += ["evaluate-base", "evaluate-sft", "ppo", "evaluate-ppo"]
 SETTINGS = ["sft.steps=2", "sft.batch_size=4", "sft.generations=2", "reward_model.steps=2", "reward_model.batch_size=2"]
 SETTINGS += ["ppo.steps=2", "ppo.batch_size=4", "evaluate.prompts=2", "evaluate.bootstrap=100"]
 SETTINGS += [f"{step}.sampling.max_new_tokens=8" for step in ("sft", "ppo", "evaluate")]

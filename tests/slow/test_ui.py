@@ -87,9 +87,10 @@ def test_both_pages_show_what_a_run_makes_meanwhile(tmp_path: Path) -> None:
             task["name"]: {names[made["id"]] for inputs in task["task_inputs"].values() for made in inputs} for task in tasks
         }
         assert set(names.values()) == set(ran)
-        assert arrows["corpus"] == arrows["demonstrations"] == set()
+        assert arrows["prompts"] == set()
+        assert arrows["corpus"] == arrows["demonstrations"] == {"prompts"}
         assert arrows["sft"] == {"base", "demonstrations"}
-        assert arrows["ppo"] == {"sft", "reward_model", "prompts"}
+        assert arrows["ppo"] == {"sft", "reward_model", "prompts", "ptx"}
 
         models = json.loads(fetch(f"{at_mlflow}/api/2.0/mlflow/registered-models/search?max_results=100"))
         assert {"tiny-ppo", "tiny-ppo-rollouts"} <= {model["name"] for model in models["registered_models"]}
