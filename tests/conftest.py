@@ -19,6 +19,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 
+# What several test files share: a failing assertion there says what it compared, too.
+pytest.register_assert_rewrite("evaluating", "labelling", "ppo_bench", "preparing", "reward_bench")
+
 from stages.data.parquet import write_rows
 from stages.data.schemas import row_id
 from stages.request import InputFolder, Request
@@ -75,6 +78,17 @@ def dataset(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def reward_model(init_folder: Path, tmp_path: Path) -> Path:
+    """A reward model of random weights that adds 3 to its scores, and halves and turns them: its best are its worst."""
+    from stages.models.reward import new_reward_model, save_reward_model
+
+    model = new_reward_model(init_folder, seed=1)
+    model.calibrate(3.0, -0.5)
+    save_reward_model(model, tmp_path / "reward model")
+    return tmp_path / "reward model"
 
 
 def request_for(stage: str, folder: Path, config: dict[str, Any], **inputs: Path) -> Request:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from conftest import ROOT
@@ -27,6 +27,19 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def posttrain(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = environment_for(state)
     return subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def in_own_group(state: Path, log: IO[str], *arguments: str) -> subprocess.Popen[bytes]:
+    """The command in a process group of its own, which ctrl-C reaches as a terminal's does."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=environment_for(state),
+        stdout=log,
+        stderr=log,
+        process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def environment_for(state: Path) -> dict[str, str]:
@@ -171,16 +184,8 @@ def test_killed_command_goes_on_and_leaves_no_server(tmp_path: Path) -> None:
 def test_ctrl_c_ends_at_once_and_the_flow_run_is_not_left_running(tmp_path: Path) -> None:
     """As a terminal does it: the signal goes to the whole group of processes."""
     log = (tmp_path / "log").open("w+")
-    arguments = [*COMMAND, "run", RECIPE, "--set", "base.steps=3000", "--set", "base.runtime.save_every=20"]
-    child = subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env=environment_for(tmp_path),
-        stdout=log,
-        stderr=log,
-        process_group=0,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    changes = ["--set", "base.steps=3000", "--set", "base.runtime.save_every=20"]
+    child = in_own_group(tmp_path, log, "run", RECIPE, *changes)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/state/step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)

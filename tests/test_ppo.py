@@ -1,181 +1,42 @@
-"""PPO through its request: every number against plain transformers, its gradient, its trust regions, what it refuses."""
+"""PPO through its request: every number against plain transformers, its gradient, how the machine is used."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from copy import deepcopy
-from functools import partial
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import ppo_bench
 import pytest
 import torch
-from conftest import INIT, request_for
-from pydantic import ValidationError
+from ppo_bench import (
+    PTX,
+    ROWS,
+    Bench,
+    classifier,
+    close,
+    digests,
+    events,
+    language,
+    merged,
+    metrics,
+    plain_logp,
+    plain_values,
+    records,
+    series,
+)
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import stages.ppo
-from stages.artifacts import sha256_file
 from stages.data.batching import RowOrder
-from stages.data.chain_sum import demonstration_rows, prompt_rows
 from stages.data.chat import encode
-from stages.data.parquet import read_rows, write_rows
-from stages.data.schemas import row_id
-from stages.errors import InputError
-from stages.models.load import LoadedPolicy, load_policy, save_checkpoint, save_policy
-from stages.models.reward import new_reward_model, save_reward_model
-from stages.request import run_stage
-from stages.rollouts.sample import Sample
-from stages.run import Event, Listener, Run
+from stages.models.load import LoadedPolicy
 from stages.specs.ppo import PpoConfig, Ptx
 
-Folders = dict[str, Path]
-ADAM = {"lr": 1e-2, "warmup": 0, "eps": 1e-5, "schedule": "constant"}
-CONFIG: dict[str, Any] = {"steps": 2, "batch_size": 6, "sampling": {"max_new_tokens": 8}, "epochs": 2, "minibatches": 2}
-CONFIG |= {"optimizer": ADAM, "critic": {"optimizer": ADAM}}
-# Two or three completions a micro-batch.
-CONFIG["runtime"] = {"device": "cpu", "threads": 1, "save_every": 100, "micro_batch_tokens": 50}
-ROWS = [{"id": row_id(row), **row} for row in prompt_rows(9, seed=1)]
-PTX = [{"id": row_id(row), **row} for row in demonstration_rows(11, seed=5)]
-
-
-def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """The config with some values changed; mappings are merged at every depth."""
-    return config | {k: merged(config.get(k, {}), v) if isinstance(v, dict) else v for k, v in changes.items()}
-
-
-def folder(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    """A new folder, perhaps a dataset's."""
-    path.mkdir()
-    if rows:
-        write_rows(path, rows)
-    return path
-
-
-def four_models(init_folder: Path, root: Path) -> Folders:
-    """Four models of other weights each, of which the policy ends about half of its completions of 8 tokens; and nine
-    prompts for batches of six: the second batch crosses the end of an epoch."""
-    found = {name: folder(root / name) for name in ("policy", "reference", "reward", "critic")}
-    for name, seed in (("policy", 0), ("reference", 7)):
-        policy: Any = load_policy(init_folder, seed=seed)
-        policy.model.get_input_embeddings().weight.data[policy.stops[0]] *= 12
-        save_policy(policy, found[name])
-    for name, seed, bias, scale in (("reward", 3, 0.3, 2.0), ("critic", 4, -0.2, 0.5)):
-        reward = new_reward_model(init_folder, seed=seed)
-        reward.calibrate(bias, scale)
-        save_reward_model(reward, found[name])
-    return found | {"init": init_folder, "prompts": folder(root / "prompts", ROWS), "ptx": folder(root / "ptx", PTX)}
-
-
-@pytest.fixture(scope="module")
-def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return four_models(init_folder, tmp_path_factory.mktemp("models"))
-
-
-def train(folders: Folders, path: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    inputs = {port: folders[port] for port in ("policy", "reward", "prompts")} | changes.pop("inputs", {})
-    return run_stage(request_for("ppo", path, merged(CONFIG, changes), **inputs), listener)
-
-
-class Bench:
-    """Runs the stage and keeps what it holds inside: each step once it is judged, each optimizer step, which steps sampled."""
-
-    def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
-        self.folders, self.path, self.patch = folders, path, patch
-        self.moments: list[Any] = []
-        self.updates: list[Any] = []
-        self.sampled: list[int] = []
-        self.loop: Any = None
-        shaped: list[torch.Tensor] = []
-
-        def judged(_: Any, loop: Any, rollouts: Any, step: int) -> None:
-            moment = SimpleNamespace(step=step, loop=loop, rollouts=rollouts, shaped_BT=shaped[-1])
-            moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
-            self.moments.append(moment)
-
-        def updating(*given: Any) -> None:
-            indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
-            mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
-            update = SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], mixed_in=mixed_in)
-            update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
-            self.updates.append(update)
-
-        self.spy("gae", after=lambda _, *given: shaped.append(given[0]))
-        self.spy("_judge", after=judged)
-        self.spy("_update", before=lambda loop, *_: setattr(self, "loop", loop))
-        self.spy("optimization_step", updating, lambda found, *_: setattr(self.updates[-1], "measured", found))
-        self.spy("policy_metrics", after=lambda found, *_: self.updates[-1].told.append(dict(found)))
-        self.spy("collect", after=lambda _, *given: self.sampled.append(given[5]))
-
-    def spy(self, name: str, before: Any = lambda *_: None, after: Any = lambda *_: None) -> None:
-        """Call something before and after a function of the stage, the latter with what it found."""
-        original = getattr(stages.ppo, name)
-
-        def spied(*given: Any) -> Any:
-            before(*given)
-            after(found := original(*given), *given)
-            return found
-
-        self.patch.setattr(stages.ppo, name, spied)
-
-    def train(self, name: str = "run", listener: Listener | None = None, **changes: Any) -> Run:
-        return train(self.folders, self.path / name, listener, **changes)
-
-
-@pytest.fixture
-def bench(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(folders, tmp_path, monkeypatch)
-
-
-def events(run: Run, kind: str) -> list[Event]:
-    lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
-    return [event for event in lines if event["event"] == kind]
-
-
-def metrics(run: Run) -> dict[int, dict[str, float]]:
-    """Of each step, but for its seconds."""
-    logged = {one["step"]: one["metrics"] for one in events(run, "metrics") if one["step"]}
-    return {step: {k: v for k, v in one.items() if not k.startswith("seconds")} for step, one in logged.items()}
-
-
-def series(run: Run, name: str) -> list[float]:
-    return [one[name] for one in metrics(run).values()]
-
-
-def digests(run: Run) -> dict[str, str]:
-    root = run.folder / "outputs"
-    return {path.relative_to(root).as_posix(): sha256_file(path) for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def records(run: Run) -> list[dict[str, Any]]:
-    return list(read_rows(run.folder / "outputs" / "rollouts"))
-
-
-# The oracles: plain transformers on each sequence alone, sums written out forwards.
-
-language: Any = AutoModelForCausalLM.from_pretrained
-classifier: Any = AutoModelForSequenceClassification.from_pretrained
-close: Any = partial(pytest.approx, abs=3e-5, rel=3e-5)
-
-
-def plain_logp(model: Any, sample: Sample, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of a completion's tokens, and the entropies of what they were drawn from."""
-    ids_T, first = torch.tensor([*sample.prompt_ids, *sample.completion.ids]), len(sample.prompt_ids)
-    logp_TV = (model(ids_T[None]).logits[0, first - 1 : -1].double() / temperature).log_softmax(-1)
-    return logp_TV.gather(-1, ids_T[first:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
-
-
-def plain_values(model: Any, sample: Sample) -> torch.Tensor:
-    """The values before each of a completion's tokens, and after the last."""
-    ids_T = torch.tensor([*sample.prompt_ids, *sample.completion.ids])
-    raw_T = model.score(model.base_model(ids_T[None]).last_hidden_state)[0, len(sample.prompt_ids) - 1 :, 0].double()
-    return (raw_T + getattr(model.config, "reward_bias", 0.0)) * getattr(model.config, "reward_scale", 1.0)
+folders = ppo_bench.folders
+bench = ppo_bench.bench
 
 
 @torch.no_grad()
@@ -408,223 +269,3 @@ def test_how_the_machine_is_used_does_not_change_the_metrics(bench: Bench, more:
         for step, logged in metrics(run).items():
             assert logged == pytest.approx(metrics(first)[step], abs=1e-4, rel=1e-4)
     assert digests(others[0]) == digests(first), "a state that is saved leaves no trace"
-
-
-# Trust regions, and what is learned.
-
-
-def test_a_penalty_on_the_old_policy_s_kl_holds_the_policy_back(bench: Bench) -> None:
-    found = []
-    for name, coefficient in (("none", 1.0), ("fixed_kl", 1e-9), ("fixed_kl", 10.0)):
-        changes = {"trust_region": name, "old_policy_kl": {"coefficient": coefficient}, "optimizer": {"lr": 0.02}}
-        found.append(metrics(bench.train(str(coefficient), epochs=4, **changes)))
-        assert {one.pop("old_policy_kl_coefficient") for one in found[-1].values()} == {coefficient}
-    free, feather, held = found
-    assert all(one == pytest.approx(feather[step], abs=1e-4, rel=1e-4) for step, one in free.items())
-    assert held[1]["old_policy_kl"] < 0.5 * free[1]["old_policy_kl"]
-
-
-@pytest.mark.parametrize("target", [1e-6, 0.03, 1e3])
-def test_the_adaptive_coefficient_follows_the_kl_after_each_update(bench: Bench, target: float) -> None:
-    penalty = {"trust_region": "adaptive_kl", "old_policy_kl": {"coefficient": 0.8, "target": target}}
-    observed: list[float] = []
-    bench.spy("_old_policy_kl", after=lambda found, *_: observed.append(found))
-    run = bench.train(steps=3, sampling={"temperature": 0.7}, **penalty)
-    trained = [*(moment.policy for moment in bench.moments[1:]), language(run.folder / "outputs" / "checkpoint")]
-    expected, seen = [0.8], []
-    for moment, after in zip(bench.moments, trained, strict=True):
-        pairs = [[plain_logp(model, one, 0.7)[0] for model in (after, moment.policy)] for one in moment.rollouts.samples]
-        log_ratio_N = torch.cat([new_T - old_T for new_T, old_T in pairs])
-        seen.append((log_ratio_N.exp() - 1 - log_ratio_N).mean().item())
-        expected.append(expected[-1] * (0.5 if seen[-1] < target / 1.5 else 2.0 if seen[-1] > target * 1.5 else 1.0))
-    assert observed == pytest.approx(seen, rel=1e-3)
-    assert series(run, "old_policy_kl_coefficient") == expected[:3], seen
-    # The metric is the mean over the updates, of which the first is at 0.
-    assert all(one < last for one, last in zip(series(run, "old_policy_kl"), seen, strict=True))
-
-
-def test_an_entropy_bonus_raises_the_entropy(bench: Bench) -> None:
-    none, bonus = (series(bench.train(str(bonus), steps=3, entropy_bonus=bonus), "entropy") for bonus in (0.0, 1.0))
-    assert bonus[0] == none[0]
-    assert bonus[2] > none[2] + 0.1
-
-
-def test_the_reward_rises(bench: Bench) -> None:
-    changes = {"steps": 12, "batch_size": 32, "minibatches": 4, "seed": 1, "reference_kl": 0.0, "optimizer": {"lr": 0.03}}
-    more: Any = {"critic": {"start": "policy"}, "scoring": {"missing_eos_penalty": 0}, "runtime": {"micro_batch_tokens": 2000}}
-    reward = series(bench.train(inputs={"policy": bench.folders["init"]}, **changes, **more), "reward")
-    fresh, moment = load_policy(bench.folders["init"], seed=1).model.get_input_embeddings(), bench.moments[0]
-    for one in (moment.policy, moment.loop.reference.model, moment.critic):
-        assert torch.equal(one.get_input_embeddings().weight, fresh.weight), "random weights are the seed's"  # pyright: ignore
-    # The mean of 96 completions strays by about 0.12.
-    assert np.mean(reward[-3:]) > np.mean(reward[:2]) + 0.8
-
-
-# The four models: where the critic starts, what is trained, what is refused.
-
-
-@pytest.mark.parametrize("start", ["reward", "policy", "critic"])
-def test_where_the_critic_starts(bench: Bench, start: str) -> None:
-    given = {port: bench.folders[port] for port in ("reference", start) if port != "policy"}
-    # A critic that is given is taken, whatever the config says.
-    run = bench.train(steps=1, inputs=given, critic={"start": "reward" if start == "reward" else "policy"})
-    [moment] = bench.moments
-    loop, before, expected = moment.loop, moment.critic.state_dict(), load_file(bench.folders[start] / "model.safetensors")
-    if start == "policy":
-        assert not before["score.weight"].any()
-        assert metrics(run)[1]["value"] == moment.rollouts.tokens["values"].abs().max() == 0.0
-        expected["score.weight"] = torch.zeros(1, 16)
-        expected.pop("lm_head.weight", None)
-    assert before.keys() == expected.keys()
-    assert all(torch.equal(before[name], expected[name]) for name in before)
-
-    critic, policy = classifier(run.folder / "outputs" / "critic"), language(run.folder / "outputs" / "checkpoint")
-    scaling = tuple(getattr(critic.config, name, None) for name in ("reward_bias", "reward_scale"))
-    assert scaling == {"reward": (0.3, 2.0), "critic": (-0.2, 0.5), "policy": (None, None)}[start]
-    # Both were trained in all their parts; what is written is what was trained last.
-    for saved, trained, old in ((critic, loop.critic, moment.critic), (policy, loop.policy, moment.policy)):
-        parts = zip(saved.parameters(), trained.model.parameters(), old.parameters(), strict=True)
-        assert all(torch.equal(one, last) and not torch.equal(one, first) for one, last, first in parts)
-    for frozen, name in ((loop.reward, "reward"), (loop.reference, "reference")):
-        weights, kept = frozen.model.state_dict(), load_file(bench.folders[name] / "model.safetensors")
-        assert all(torch.equal(one, weights[part]) for part, one in kept.items())
-        assert not any(one.requires_grad for one in frozen.model.parameters())
-
-
-def test_a_shared_backbone_is_saved_with_either_head_and_gone_on_with(bench: Bench) -> None:
-    run = bench.train(steps=1, critic={"shared": True})
-    [moment] = bench.moments
-    assert moment.loop.module.critic.weight.shape == (1, 16)
-    assert moment.rollouts.tokens["values"].abs().max() == 0.0, "the head starts from zeros"
-    made = {name: run.folder / "outputs" / name for name in ("checkpoint", "critic")}
-    policy, critic = language(made["checkpoint"]), classifier(made["critic"])
-    pairs = list(zip(policy.base_model.parameters(), critic.base_model.parameters(), strict=True))
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert not torch.equal(pairs[0][0], moment.policy.base_model.get_input_embeddings().weight)
-    assert critic.score.weight.abs().max() > 0
-
-    # Head, offset and scale go on from the earlier critic, which reads the same states.
-    critic.config.reward_bias, critic.config.reward_scale = 0.25, 3.0
-    save_checkpoint(critic, moment.loop.policy.tokenizer, folder(bench.path / "critic"))
-    given = {"policy": made["checkpoint"], "critic": bench.path / "critic"}
-    again = bench.train("again", steps=1, critic={"shared": True}, inputs=given)
-    for sample, start in zip(bench.moments[1].rollouts.samples, bench.moments[1].rollouts.starts_B, strict=False):
-        expected_T = plain_values(classifier(bench.path / "critic"), sample)[:-1]
-        found_T = bench.moments[1].rollouts.tokens["values"][start : start + len(expected_T)]
-        assert found_T.tolist() == close(expected_T.tolist())
-    assert classifier(again.folder / "outputs" / "critic").config.reward_scale == 3.0
-
-    for policy in (bench.folders["policy"], bench.folders["reference"]):
-        with pytest.raises(InputError, match="the critic given has another backbone than the policy"):
-            bench.train(f"other {policy.name}", critic={"shared": True}, inputs=given | {"policy": policy})
-
-
-@pytest.mark.parametrize(("after", "shared"), [("zero", False), ("value", False), ("value", True)])
-def test_dropout_is_off(bench: Bench, after: str, shared: bool) -> None:
-    given = {name: folder(bench.path / name) for name in ("policy", "reward")}
-    (given["policy"] / "init.yaml").write_text(INIT.read_text().replace("model:\n", "model:\n  attention_dropout: 0.5\n"))
-    save_reward_model(new_reward_model(given["policy"], seed=3), given["reward"])
-    run = bench.train(epochs=1, minibatches=1, bootstrap=after, inputs=given, critic={"shared": shared})
-    assert series(run, "ratio_max") == [1.0, 1.0]
-    assert series(run, "kl")[0] == 0.0
-    for moment, logged in zip(bench.moments, metrics(run).values(), strict=True):
-        values = [plain_values(moment.critic.eval(), sample)[:-1] for sample in moment.rollouts.samples]
-        assert moment.rollouts.tokens["values"].tolist() == pytest.approx(torch.cat(values).tolist(), abs=1e-5)
-        # The update sees the values that were measured.
-        error_N = moment.rollouts.tokens["returns"] - moment.rollouts.tokens["values"]
-        assert logged["value_loss"] == pytest.approx((error_N**2).mean().item() / 2, rel=1e-5)
-
-
-TOKENS, NO_SCORE, SCORE = "tokenizer differs from the policy's", ": not a reward model", ": a reward model .*, where a lang"
-REFUSED = [("reward", "other", TOKENS), ("critic", "other", TOKENS), ("reference", "other", TOKENS)]
-REFUSED += [
-    ("reward", "policy", NO_SCORE),
-    ("critic", "reference", NO_SCORE),
-    ("policy", "reward", SCORE),
-    ("reference", "critic", SCORE),
-]
-
-
-@pytest.mark.parametrize(("port", "given", "message"), REFUSED)
-def test_models_that_do_not_fit_are_refused_before_any_sampling(bench: Bench, port: str, given: str, message: str) -> None:
-    if given == "other":
-        words = folder(bench.path / "words")
-        (words / "init.yaml").write_text(INIT.read_text().replace('"<|system|>", "<|user|>"', '"<|user|>", "<|system|>"'))
-        model: Any = load_policy(words) if port == "reference" else new_reward_model(words, seed=0)
-        save_checkpoint(model.model, model.tokenizer, folder(bench.path / "other"))
-    named = f"the {port}(_model)?'s " if given == "other" else given
-    with pytest.raises(InputError, match=named + message):
-        bench.train(inputs={port: bench.folders.get(given, bench.path / "other")})
-    assert bench.sampled == []
-
-
-def test_demonstrations_and_their_config_go_together(bench: Bench) -> None:
-    with pytest.raises(InputError, match="there is a config `ptx` but no input `ptx`; PPO-ptx needs both"):
-        bench.train("no input", ptx={})
-    with pytest.raises(InputError, match="there is an input `ptx` but no config `ptx`"):
-        bench.train("no config", inputs={"ptx": bench.folders["ptx"]})
-    with pytest.raises(InputError, match='row 1 has no column "completion"'):
-        bench.train("no completion", ptx={}, inputs={"ptx": bench.folders["prompts"]})
-    assert bench.sampled == []
-
-
-def test_a_loss_of_demonstrations_that_is_not_finite_names_their_rows(bench: Bench) -> None:
-    original = stages.ppo.nll_loss
-    bench.patch.setattr(stages.ppo, "nll_loss", lambda *given: original(*given) * math.nan)
-    with pytest.raises(InputError, match=r"step 1, prompts \[.*\], rows \[\d+, \d+, \d+\] of ptx: loss is nan"):
-        bench.train(ptx={"batch_size": 3}, inputs={"ptx": bench.folders["ptx"]})
-
-
-def test_demonstrations_hold_on_to_what_they_show(bench: Bench) -> None:
-    changes: dict[str, Any] = {"steps": 6, "ptx": {"weight": 2.0, "batch_size": 11}}
-    losses = series(bench.train(inputs={"ptx": bench.folders["ptx"]}, **changes), "ptx_loss")
-    assert losses[-1] < losses[0] - 0.5
-
-
-# What is sampled.
-
-
-def test_a_prompt_that_comes_twice_is_sampled_anew(bench: Bench) -> None:
-    run = bench.train(batch_size=4, inputs={"prompts": folder(bench.path / "one", ROWS[:1])})
-    drawn = [(row["step"], row["sample"]) for row in records(run)]
-    assert drawn == [(step, sample) for step in (0, 1) for sample in range(4)]
-    bench.train("other", batch_size=4, seed=1, steps=1, inputs={"prompts": bench.path / "one"})
-    assert len({tuple(sample.completion.ids) for moment in bench.moments for sample in moment.rollouts.samples}) == 12
-
-
-def test_prompts_that_do_not_fit_are_dropped_and_counted(bench: Bench) -> None:
-    # Another model reads 24 tokens: a prompt of 16 leaves room for 8, one of 17 does not. The policy reads 128.
-    short: Folders = {port: folder(bench.path / port) for port in ("reward", "critic", "reference")}
-    for port, path in short.items():
-        init = bench.folders["init"]
-        model: Any = load_policy(init) if port == "reference" else new_reward_model(init, seed=3)
-        model.model.config.max_position_embeddings = 24
-        save_checkpoint(model.model, model.tokenizer, path)
-    texts = ["1" + "+1" * count for count in (12, 13, 14, 124)]
-    rows = ROWS[:4] + [{"id": text, "prompt": [{"role": "user", "content": text}]} for text in texts]
-    prompts = folder(bench.path / "prompts", rows)
-    for port, path in short.items():
-        given = {"prompts": prompts, port: path}
-        run = bench.train(f"{port} run", batch_size=5, steps=1, epochs=1, inputs=given, critic={"start": "policy"})
-        lengths = {sample.row["id"]: len(sample.prompt_ids) for sample in bench.moments[-1].rollouts.samples}
-        assert (len(lengths), lengths[texts[0]]) == (5, 16)
-        [table] = [event["rows"] for event in events(run, "table") if event["name"] == "prompts"]
-        assert table == [{"what": "used", "rows": 5}, {"what": "dropped: fills the context", "rows": 3}]
-    for count, given in ((3, {"critic": short["critic"]}), (1, {})):
-        last = folder(bench.path / f"last {count}", rows[-count:])
-        with pytest.raises(InputError, match=f"all {count} prompts fill the context.*sampling.max_new_tokens"):
-            bench.train(str(count), inputs=given | {"prompts": last})
-    assert bench.sampled == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"batch_size": 2, "minibatches": 3}, r"minibatches \(3\) cannot be more than batch_size \(2\)"),
-        ({"sampling": {"temperature": 0}}, "must draw from the policy itself"),
-        ({"sampling": {"top_p": 0.9}}, "must draw from the policy itself"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        PpoConfig.model_validate(changes)

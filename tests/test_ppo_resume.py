@@ -7,29 +7,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import ppo_bench
 import pytest
 import torch
 from conftest import ROOT, request_for
-from test_ppo import CONFIG, Bench, Folders, digests, events, folder, four_models, merged, metrics, series, train
+from ppo_bench import CONFIG, Bench, Folders, digests, events, folder, merged, metrics, series, train
 
 import stages.ppo
 from stages.errors import InputError
 from stages.request import run_stage
 from stages.run import Event, Run
 
-
-@pytest.fixture(scope="module")
-def folders(init_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return four_models(init_folder, tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def bench(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(folders, tmp_path, monkeypatch)
-
+folders = ppo_bench.folders
+bench = ppo_bench.bench
 
 LONG: dict[str, Any] = {"steps": 3, "batch_size": 4, "trust_region": "adaptive_kl", "old_policy_kl": {"target": 1e-4}}
 LONG["optimizer"] = {"schedule": "linear"}

@@ -1,104 +1,40 @@
-"""The reward model through its request: TRL's loss and brute force, what is dropped, what is written, and resuming."""
+"""The reward model through its request: TRL's loss and brute force, what is dropped, where it starts."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
-import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import count, permutations
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+import reward_bench
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, kill_child, recorded, request_for
+from conftest import recorded
+from reward_bench import Fit, Make, checkpoint, long_text, pair_loss, plain, series, tables, tokens
 from safetensors.torch import load_file
-from test_sft import CrashError, Rows, counts, digests, events, last_state, metrics, sequences_in
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from test_sft import Rows, counts, metrics, sequences_in
 
 import stages.models.reward
 import stages.reward_model
 from stages.data.batching import RowOrder, TokenBatch
-from stages.data.chain_sum import bare, guess, sloppy, worked
-from stages.data.chat import encode
-from stages.data.parquet import read_rows
+from stages.data.chain_sum import bare
 from stages.data.preferences import PreferenceTable
-from stages.errors import InputError
 from stages.models.load import load_policy, save_policy
-from stages.models.reward import RewardModel, new_reward_model, save_reward_model
-from stages.request import Request, run_stage
+from stages.models.reward import RewardModel, new_reward_model
+from stages.request import run_stage
 from stages.reward_model import preference_loss
-from stages.run import Event, Run
+from stages.run import Run
 from stages.specs.reward_model import RewardModelConfig
-from stages.statistics import summary
 
-Row = dict[str, Any]
-Make = Callable[..., Request]
-Fit = Callable[..., Run]
-CONFIG: Row = {
-    "steps": 4,
-    "batch_size": 8,
-    "max_length": 96,
-    "bootstrap": 200,
-    "optimizer": {"lr": 1e-2, "warmup": 0},
-    "runtime": {"device": "cpu", "threads": 1, "save_every": 2, "log_every": 1},
-}
-
-
-@pytest.fixture
-def request_of(init_folder: Path, dataset: Callable[..., Path], tmp_path: Path) -> Make:
-    """A request in a new folder, of the small config with some values changed (mappings are merged) and of rows."""
-    numbers = count()
-
-    def make(changes: Row, model: Path = init_folder, **data: Rows) -> Request:
-        name = f"data {next(numbers)}"
-        (tmp_path / name).mkdir()
-        merged = CONFIG | {key: CONFIG[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
-        inputs = {key: dataset(rows, f"{name}/{key}") for key, rows in data.items()}
-        return request_for("reward_model", tmp_path / name / "run", merged, model=model, **inputs)
-
-    return make
-
-
-@pytest.fixture
-def fit(request_of: Make) -> Fit:
-    """Train on rows and return the run; they are held out too when no others are given."""
-    return lambda changes, train, held=None, **more: run_stage(request_of(changes, train=train, heldout=held or train, **more))
-
-
-@pytest.fixture
-def pairs(chain_rows: Rows) -> Rows:
-    """48 pairs of unequal lengths with margins: a worked solution is better than a wrong one or a guess."""
-    rng, rows = random.Random(0), []
-    for place, row in enumerate(chain_rows):
-        texts = {"chosen": worked(row["problem"]), "rejected": guess(rng) if place % 3 else sloppy(row["problem"], rng)}
-        rows.append({"id": row["id"], "prompt": row["prompt"], **texts, "margin": rng.uniform(0, 2)})
-    return rows
-
-
-@pytest.fixture
-def rankings(chain_rows: Rows) -> Rows:
-    """24 rankings of two to five different completions, not in order, with ties."""
-    rng, rows = random.Random(0), []
-    for place, row in enumerate(chain_rows[:24]):
-        texts = [worked(row["problem"]), bare(30), sloppy(row["problem"], rng), bare(40), bare(50)][: 2 + place % 4]
-        order = rng.sample(range(len(texts)), len(texts))
-        ranks = [(1, 2, 2, 3, 3)[k] for k in order]
-        rows.append({"id": row["id"], "prompt": row["prompt"], "completions": [texts[k] for k in order], "ranks": ranks})
-    return rows
-
-
-@pytest.fixture
-def reward(init_folder: Path) -> RewardModel:
-    """What training starts from."""
-    return new_reward_model(init_folder, seed=0)
+request_of = reward_bench.request_of
+fit = reward_bench.fit
+pairs = reward_bench.pairs
+rankings = reward_bench.rankings
+reward = reward_bench.reward
 
 
 @pytest.fixture
@@ -112,45 +48,6 @@ def trained(batches: list[TokenBatch]) -> list[list[int]]:
     indices = [index for batch in batches for index in batch.indices]
     assert sorted(indices) == list(range(len(indices)))
     return [ids for _, (ids, _) in sorted(sequences_in(batches).items())]
-
-
-def tokens(reward: RewardModel, row: Row, text: str, finish: str = "stop") -> list[int]:
-    one = encode(reward.tokenizer, row["prompt"], text, reward.stops)
-    return [*one.prompt_ids, *(one.completion_ids[:-1] if finish == "length" else one.completion_ids)]
-
-
-def long_text(reward: RewardModel, row: Row, length: int) -> str:
-    """A completion with which its row has exactly so many tokens."""
-    return "1" + "+1" * (length - len(tokens(reward, row, "1")))
-
-
-def plain(model: Any, sequences: list[list[int]]) -> torch.Tensor:
-    """The oracle: transformers' own scores of a right-padded batch."""
-    pad = model.config.pad_token_id
-    ids_BT = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=pad)
-    return model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits[:, 0]
-
-
-def pair_loss(model: Any, reward: RewardModel, rows: Rows) -> float:
-    sides = [plain(model, [tokens(reward, row, row[name]) for row in rows]) for name in ("chosen", "rejected")]
-    return -F.logsigmoid(sides[0] - sides[1]).mean().item()
-
-
-def checkpoint(run: Run) -> Any:
-    """A run's checkpoint, by plain transformers."""
-    return AutoModelForSequenceClassification.from_pretrained(run.folder / "outputs" / "checkpoint").requires_grad_(False)
-
-
-def tables(run: Run) -> dict[str, Rows]:
-    """The run's tables, and the rows of `scores`."""
-    found = {event["name"]: event["rows"] for event in events(run.folder, "table")}
-    return found | {"scores": list(read_rows(run.folder / "outputs" / "scores"))}
-
-
-def series(run: Run, *names: str) -> list[float]:
-    """All values of these metrics, as often as they were logged."""
-    logged = [event["metrics"] for event in events(run.folder, "metrics")]
-    return [values[name] for name in names for values in logged if name in values]
 
 
 def assert_step(run: Run, model: Any, loss: torch.Tensor) -> None:
@@ -336,107 +233,6 @@ def test_truncated_completions_have_no_end(
     assert tables(run)["scores"] == rows
 
 
-# What is measured and written.
-
-
-def by_length(*arguments: Any) -> np.ndarray:
-    """In the place of `raw_scores`: a completion's score is its number of tokens over four."""
-    return np.array([len(ids) / 4 for ids in arguments[2]])
-
-
-def nll(differences: Sequence[float]) -> float:
-    return float(np.mean([math.log(1 + math.exp(-one)) for one in differences]))
-
-
-def test_pairs_are_measured(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.reward_model, "raw_scores", by_length)
-    more = [2, 1, 0, -1, 3, 0, 8, -2]  # tokens that the chosen has more than the rejected
-    texts = [{"chosen": "1" + "+1" * (4 + n), "rejected": "2" + "+1" * 4} for n in more]
-    margins = [0.4, 0.3, 9.0, 0.1, 0.7, 0.5, 0.8, 0.2]
-    rows = [pairs[0] | two | {"margin": margin} for two, margin in zip(texts, margins, strict=True)]
-    run = fit({"steps": 1, "seed": 5}, rows)
-    # By confidence in bins of 0.1: 1 and -1; 2, 3 and -2; 8.
-    bins = [[1, -1], [2, 3, -2], [8]]
-    sure = [[1 / (1 + math.exp(-abs(n) / 4)) for n in one] for one in bins]
-    right = [[n > 0 for n in one] for one in bins]
-    error = sum(abs(sum(a) - sum(b)) for a, b in zip(sure, right, strict=True)) / 6
-    expected = [4 / 6, 2 / 8, nll([n / 4 for n in more]), error]
-    assert series(run, "pair_accuracy", "pair_ties", "heldout_loss", "calibration_error") == pytest.approx(expected)
-    # This seed's 200 resamples give another interval than 100 of them, or than another seed's.
-    interval = summary("of", [[1], [1], [0], [1], [1], [0]], 200, 5)
-    assert series(run, "pair_accuracy_low", "pair_accuracy_high") == [interval["of_low"], interval["of_high"]]
-    found = {name: [list(row.values()) for row in rows] for name, rows in tables(run).items()}
-    wanted = [[0.5 + 0.1 * k, len(a), np.mean(a), np.mean(b)] for k, a, b in zip((0, 1, 3), sure, right, strict=True)]
-    assert np.array(found["calibration"]) == pytest.approx(np.array(wanted))
-    # From, to, pairs and accuracy; without the tied ones, of margins 9 and 0.5.
-    assert found["accuracy by margin"] == [[0.1, 0.2, 2, 0], [0.3, 0.3, 1, 1], [0.4, 0.4, 1, 1], [0.7, 0.8, 2, 1]]
-
-
-def test_rankings_are_measured_by_row(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.reward_model, "raw_scores", by_length)
-    rows = [
-        {"completions": ["1+1+1", "1", "2"], "ranks": [1, 2, 2]},  # two right; the tied ones are no pair
-        {"completions": ["1", "1+1", "1+1+1"], "ranks": [1, 2, 3]},  # three wrong
-        {"completions": ["1", "2", "1+1"], "ranks": [3, 2, 1]},  # equal scores, and two right
-        {"completions": ["3", "4"], "ranks": [1, 2]},  # nothing decided
-    ]
-    run = fit({"steps": 1}, [row | {"prompt": pairs[0]["prompt"], "margin": 1.0} for row in rows])
-    loss = np.mean([nll([0.5, 0.5]), nll([-0.25, -0.25, -0.5]), nll([0, 0.25, 0.25]), nll([0])])
-    assert series(run, "pair_accuracy", "pair_ties", "heldout_loss") == pytest.approx([2 / 3, 2 / 9, loss])
-    assert "accuracy by margin" not in tables(run)
-
-
-def test_rewards_are_shifted_and_scaled(fit: Fit, pairs: Rows, rankings: Rows, reward: RewardModel) -> None:
-    # Of what is too long for 60 tokens, one row loses a completion, and one row, a demonstration and a sample are left out.
-    held = [dict(row) for row in rankings]
-    held[3] |= {"completions": [long_text(reward, held[3], 61), *held[3]["completions"][1:]]}
-    held[5] |= {"completions": [long_text(reward, held[5], 61)] * len(held[5]["completions"])}
-    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    demonstrations[2] |= {"completion": long_text(reward, demonstrations[2], 61)}
-    samples = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in pairs]
-    samples = [row | {"finish": "length" if k % 3 else "stop"} for k, row in enumerate(samples)]
-    samples[5] |= {"completion": long_text(reward, samples[5], 62), "finish": "length"}
-    changes = {"max_length": 60, "shift_rows": 20, "scale_rows": 30, "runtime": {"micro_batch_tokens": 300}}
-    run = fit(changes, rankings, held, demonstrations=demonstrations, samples=samples)
-
-    model = checkpoint(run)
-    bias, scale = model.config.reward_bias, model.config.reward_scale
-    assert series(run, "reward_bias", "reward_scale") == [bias, scale]
-
-    def rewards(sequences: list[list[int]]) -> torch.Tensor:
-        return (plain(model, [ids for ids in sequences if len(ids) <= 60]) + bias) * scale
-
-    given = rewards([tokens(reward, row, row["completion"]) for row in demonstrations[:20]])
-    drawn = rewards([tokens(reward, row, row["completion"], row["finish"]) for row in samples[:30]])
-    assert (len(given), len(drawn)) == (19, 29)
-    assert given.mean().item() == pytest.approx(0, abs=1e-4)
-    assert drawn.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-
-    records = tables(run)["scores"]
-    assert [{name: value for name, value in row.items() if name != "rewards"} for row in records] == [*held[:5], *held[6:]]
-    for row in records:
-        sequences = [tokens(reward, row, text) for text in row["completions"]]
-        expected = iter(rewards(sequences).tolist())
-        assert row["rewards"] == [pytest.approx(next(expected), abs=1e-4) if len(ids) <= 60 else None for ids in sequences]
-    assert records[3]["rewards"][0] is None
-
-
-@pytest.mark.parametrize("bits", [0, 1])
-def test_equal_scores_decide_and_scale_nothing(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    # In batches of unequal sizes the last bits of one sample's scores may differ.
-    alike = np.array([0.25, 0.25 + bits * np.spacing(np.float32(0.25))] * 4)
-    monkeypatch.setattr(stages.reward_model, "score_rows", lambda *_: alike)
-    monkeypatch.setattr(stages.reward_model, "raw_scores", lambda *arguments: np.zeros(len(arguments[2])))
-    # One margin is missing: then there is no table by margin.
-    held = [*pairs[:7], pairs[7] | {"margin": None}]
-    run = fit({"steps": 1}, pairs, held, samples=[{"prompt": pairs[0]["prompt"], "completion": "1"}] * 8)
-    assert series(run, "pair_ties", "heldout_loss", "reward_scale") == pytest.approx([1, math.log(2), 1])
-    assert series(run, "pair_accuracy", "pair_accuracy_before") == []
-    assert "accuracy by margin" not in tables(run)
-    [message] = events(run.folder, "message")
-    assert "all have one score" in message["text"]
-
-
 # Where it starts.
 
 
@@ -460,119 +256,3 @@ def test_it_starts_from_a_policy_or_reward_model(
     assert series(second, "heldout_loss_before") == pytest.approx(series(first, "heldout_loss")[-1:], abs=1e-5)
     assert earlier.config.reward_bias != 0
     assert checkpoint(second).config.reward_bias == 0
-
-
-# Errors.
-
-THREE = {"completions": ["1", "2", "3"], "ranks": [1, 2, 3]}
-# The first row is dropped: the message counts the rows of the source.
-NO_MARGIN = [{"chosen": a, "rejected": "2", "margin": m} for a, m in (("2", 1.0), ("1", 0.0), ("3", None), ("4", None))]
-
-
-@pytest.mark.parametrize(
-    ("changes", "name", "rows", "message"),
-    [
-        ({}, "train", [{"chosen": "1"}], r'row 1 has neither "chosen" and "rejected" .* \(it has prompt, chosen\)'),
-        ({}, "train", [{"completions": ["1"]}], r'nor "completions" and "ranks" \(it has prompt, completions\)'),
-        ({"max_length": 5}, "train", [{"chosen": "1", "rejected": "2"}], r"no preference fits in 5 tokens \(.*too long': 2"),
-        ({}, "heldout", [{"chosen": "1", "rejected": "1"}], r"no preference .*equal completions': 1"),
-        ({"margin_weight": 1}, "train", NO_MARGIN, r'row 3 of train has no "margin"'),
-        ({"margin_weight": 1}, "train", [{"chosen": "1", "rejected": "2"}], r'row 1 of train has no "margin"'),
-        ({"margin_weight": 1}, "train", [THREE], "are for pairs; these rows are rankings"),
-        ({"center_weight": 1}, "train", [THREE], "are for pairs; these rows are rankings"),
-        ({}, "samples", [{"text": "1"}], r'samples: its rows have no column "completion" \(they have prompt, text\)'),
-        ({}, "demonstrations", [{"completion": "+1" * 96}], "demonstrations: no completion fits in 96 tokens"),
-    ],
-)
-def test_what_does_not_go_together(request_of: Make, pairs: Rows, changes: Row, name: str, rows: Rows, message: str) -> None:
-    data = {"train": pairs, "heldout": pairs} | {name: [{"prompt": pairs[0]["prompt"]} | row for row in rows]}
-    with pytest.raises(InputError, match=message):
-        run_stage(request_of({"steps": 1} | changes, **data))
-
-
-def test_a_model_whose_scores_would_be_misread_is_refused(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.models.reward, "last_tokens", lambda batch: batch.position_ids_BT == 0)
-    with pytest.raises(InputError, match=r"wrong by .* in its scores: this family is not supported"):
-        fit({}, pairs)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_loss_that_is_not_finite_stops_with_its_rows(request_of: Make, pairs: Rows) -> None:
-    # Row 2 is dropped: the message counts the rows of the source.
-    rows = [*pairs[:2], pairs[2] | {"chosen": "1", "rejected": "1"}, *pairs[3:9]]
-    changes = {"center_weight": 1, "optimizer": {"lr": 1e30}, "runtime": {"save_every": 1}}
-    request = request_of(changes, train=rows, heldout=pairs[9:])
-    with pytest.raises(InputError, match=r"step 2, rows \[1, 2, 4, 5, 6, 7, 8, 9\] of train: loss is .*(nan|inf)"):
-        run_stage(request)
-    [state] = (request.folder / "state").iterdir()
-    assert state.name == "step-00000001"
-
-
-# Resuming: the same bytes whenever the stage dies.
-
-
-@pytest.fixture
-def data(pairs: Rows) -> dict[str, Rows]:
-    given = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    return {"train": pairs[:32], "heldout": pairs[32:], "demonstrations": given, "samples": given[::2]}
-
-
-@pytest.fixture
-def forgetful(init_folder: Path, tmp_path: Path) -> Path:
-    """A reward model with dropout: training draws random numbers, and what was loaded is in evaluation mode."""
-    spec = (init_folder / "init.yaml").read_text()
-    (tmp_path / "init.yaml").write_text(spec.replace("model:", "model:\n  attention_dropout: 0.5", 1))
-    save_reward_model(new_reward_model(tmp_path, seed=0), tmp_path / "forgetful")
-    return tmp_path / "forgetful"
-
-
-def test_the_same_config_gives_the_same_bytes(request_of: Make, data: dict[str, Rows], forgetful: Path) -> None:
-    one, other, changed = (digests(run_stage(request_of({"seed": seed}, model=forgetful, **data))) for seed in (0, 0, 1))
-    assert one == other
-    assert {"checkpoint/model.safetensors", "checkpoint/config.json", "scores/data.parquet"} <= set(one)
-    for name in ("checkpoint/model.safetensors", "scores/data.parquet"):
-        assert changed[name] != one[name]
-
-
-def test_measuring_is_without_dropout(request_of: Make, data: dict[str, Rows], forgetful: Path) -> None:
-    run = run_stage(request_of({"steps": 1, "batch_size": 32}, model=forgetful, **data))
-    reward = new_reward_model(forgetful, seed=0)
-    reward.model.eval()
-    assert series(run, "heldout_loss_before") == [pytest.approx(pair_loss(reward.model, reward, data["heldout"]), abs=1e-5)]
-    assert abs(series(run, "loss")[0] - pair_loss(reward.model, reward, data["train"])) > 1e-4
-
-
-def test_a_run_that_fails_after_every_step_ends_as_one_that_does_not(
-    request_of: Make, data: dict[str, Rows], forgetful: Path
-) -> None:
-    changes = {"steps": 6, "runtime": {"save_every": 1}}
-    expected = run_stage(request_of(changes, model=forgetful, **data))
-    request = request_of(changes, model=forgetful, **data)
-
-    def crash(event: Event) -> None:
-        if event["event"] == "state":
-            raise CrashError
-
-    for _ in range(6):
-        with pytest.raises(CrashError):
-            run_stage(request, crash)
-    resumed = run_stage(request, crash)
-    assert [event["step"] for event in events(resumed.folder, "state")] == [1, 2, 3, 4, 5, 6]
-    assert [event["name"] for event in events(resumed.folder, "table")] == list(tables(expected))[:-1]
-    assert digests(resumed) == digests(expected)
-    names = ("loss", "grad_norm", "lr", "heldout_loss_before", "heldout_loss", "reward_bias", "reward_scale")
-    assert series(resumed, *names) == series(expected, *names)
-
-
-def test_a_killed_child_resumes_to_the_same_bytes(request_of: Make, data: dict[str, Rows]) -> None:
-    changes = {"steps": 40, "runtime": {"save_every": 1}}
-    expected, request = run_stage(request_of(changes, **data)), request_of(changes, **data)
-    command = kill_child(request, lambda: last_state(request.folder) >= 5)
-    assert 5 <= last_state(request.folder) < 40
-
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    killed = Run(request.folder, {})
-    assert digests(killed) == digests(expected)
-    assert metrics(killed.folder, "loss") == metrics(expected.folder, "loss")
-    made = {"checkpoint": "model", "scores": "dataset"}
-    assert json.loads((request.folder / "outputs.json").read_text()) == {"key": request.key, "outputs": made}

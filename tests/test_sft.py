@@ -23,7 +23,7 @@ from stages.data.chat import Encoded, encode
 from stages.data.parquet import read_rows
 from stages.errors import InputError
 from stages.models.load import LoadedPolicy, load_policy
-from stages.request import run_stage
+from stages.request import Request, run_stage
 from stages.rollouts.sample import sample_rows
 from stages.run import Event, Run
 from stages.specs.sft import SftConfig
@@ -374,9 +374,8 @@ def last_state(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def test_a_killed_child_resumes_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
-    expected = run_stage(request_for("sft", tmp_path / "whole", config(**LONG), **inputs))
-    request = request_for("sft", tmp_path / "killed", config(**LONG), **inputs)
+def assert_killed_child_resumes(request: Request, expected: Run) -> None:
+    """A child of 40 steps that is killed after its fifth state and started again ends in the bytes of `expected`."""
     command = kill_child(request, lambda: last_state(request.folder) >= 5)
     assert 5 <= last_state(request.folder) < 40
 
@@ -384,4 +383,10 @@ def test_a_killed_child_resumes_to_the_same_bytes(inputs: dict[str, Path], tmp_p
     killed = Run(request.folder, {})
     assert digests(killed) == digests(expected)
     assert metrics(killed.folder, "loss") == metrics(expected.folder, "loss")
+
+
+def test_a_killed_child_resumes_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    expected = run_stage(request_for("sft", tmp_path / "whole", config(**LONG), **inputs))
+    request = request_for("sft", tmp_path / "killed", config(**LONG), **inputs)
+    assert_killed_child_resumes(request, expected)
     assert (request.folder / "outputs.json").is_file()

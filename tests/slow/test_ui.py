@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from test_cli import COMMAND, RECIPE, environment_for, posttrain, processes_of, stages
+from test_cli import RECIPE, in_own_group, posttrain, processes_of, stages
 
 from flows.pages import pages, wait_for_ctrl_c
 from tasks.home import configure_environment
@@ -36,15 +35,7 @@ def ui(state: Path, prefect: int, mlflow: int) -> Iterator[subprocess.Popen[byte
     log = state.parent / "ui.log"
     ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
     with log.open("w") as file:
-        child = subprocess.Popen(
-            [*COMMAND, "ui", *ports],
-            cwd=ROOT,
-            env=environment_for(state),
-            stdout=file,
-            stderr=file,
-            process_group=0,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        child = in_own_group(state, file, "ui", *ports)
     try:
         deadline = time.monotonic() + 180
         while "ctrl-C stops both" not in log.read_text():
