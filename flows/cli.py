@@ -114,7 +114,10 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2") from None
 
 
 def _definition(name: str) -> Definition:

@@ -15,6 +15,8 @@ from typing import IO, Any
 import pytest
 from conftest import ROOT
 
+from flows.cli import main
+
 RECIPE = "tests/tiny/rlhf.yaml"
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
@@ -139,6 +141,12 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     assert mistaken.returncode == 2
     assert "--from stf: no step has this name; there are prompts, corpus" in mistaken.stderr
     assert "ran" not in mistaken.stderr, "it was seen before anything was computed"
+
+
+def test_seeds_that_are_no_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", RECIPE, "--seeds", "0,x"])
+    assert "--seeds: '0,x' must be whole numbers with commas between them" in capsys.readouterr().err
 
 
 def test_seeds_are_run_in_turn_and_compared(tmp_path: Path) -> None:
