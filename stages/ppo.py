@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from stages.data.batching import RowOrder, TokenBatch, pad
+from stages.data.batching import RowOrder, TokenBatch
 from stages.data.parquet import read_schema, write_rows
 from stages.data.parts import Parts
 from stages.errors import InputError
@@ -251,10 +251,8 @@ def minibatches(config: PpoConfig, step: int, epoch: int) -> list[np.ndarray]:
 
 
 def _share(loop: Loop, rollouts: Rollouts, indices: np.ndarray) -> Sequence[TokenBatch]:
-    """This process's micro-batches of some completions; without any, a sequence of which no token counts."""
-    mine, runtime = indices[loop.accelerator.process_index :: loop.accelerator.num_processes], loop.config.runtime
-    batches = rollouts.batches(mine, runtime.micro_batch_tokens, runtime.packed, loop.policy.pad_id)
-    return batches or [pad([rollouts.ids(0)], [len(rollouts.ids(0))], loop.policy.pad_id, ())]
+    """This process's micro-batches of some completions."""
+    return rollouts.share(loop.accelerator, list(indices[:, None]), loop.config.runtime, loop.policy.pad_id)
 
 
 def _save(run: Run, loop: Loop, step: int, penalty: AdaptiveKL, parts: Parts, rollouts: Rollouts | None) -> None:

@@ -21,8 +21,10 @@ class Score:
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """Where a reward's function is, its version (raised when its values change), the columns its rows must have."""
+    """Where a reward's function is, its version (raised when its values change), the columns its rows must have. A learned
+    reward reads a model, which the stage is given as the input `port`."""
 
     target: str
     version: int
     columns: tuple[str, ...] = ()
+    port: str | None = None

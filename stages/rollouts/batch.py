@@ -15,10 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from stages.data.batching import TokenBatch, pack, pad, split_by_length
 from stages.rollouts.engine import Completion
 from stages.rollouts.sample import Row, Sample
+from stages.specs.base import Runtime
+
+# Completions that stay in one batch.
+Unit = Sequence[int] | np.ndarray
 
 
 class Rollouts:
@@ -44,17 +49,23 @@ class Rollouts:
         sample = self.samples[index]
         return np.array([*sample.prompt_ids, *sample.completion.ids], dtype=np.int64)
 
-    def batches(self, indices: Sequence[int] | np.ndarray, max_tokens: int, packed: bool, pad_id: int) -> list[TokenBatch]:
-        """Micro-batches of some completions; the targets are the completions' tokens."""
-        chosen = [int(index) for index in indices]
-        sequences = {index: self.ids(index) for index in chosen}
-        build = pack if packed else pad
+    def batches(self, units: Sequence[Unit], max_tokens: int, packed: bool, pad_id: int) -> list[TokenBatch]:
+        """Micro-batches of some completions, those of a unit in one batch; the targets are the completions' tokens."""
+        members = [[int(index) for index in unit] for unit in units]
+        longest = [max(len(self.ids(index)) for index in unit) for unit in members]
         result = []
-        for group in split_by_length([len(sequences[index]) for index in chosen], max_tokens, packed):
-            members = [chosen[place] for place in group]
-            firsts = [len(self.samples[index].prompt_ids) for index in members]
-            result.append(build([sequences[index] for index in members], firsts, pad_id, tuple(members)))
+        for group in split_by_length(longest, max_tokens, packed, [len(unit) for unit in members]):
+            chosen = [index for place in group for index in members[place]]
+            firsts = [len(self.samples[index].prompt_ids) for index in chosen]
+            build = pack if packed else pad
+            result.append(build([self.ids(index) for index in chosen], firsts, pad_id, tuple(chosen)))
         return result
+
+    def share(self, accelerator: Accelerator, units: Sequence[Unit], runtime: Runtime, pad_id: int) -> list[TokenBatch]:
+        """This process's micro-batches of some completions; without any, a sequence of which no token counts."""
+        mine = units[accelerator.process_index :: accelerator.num_processes]
+        batches = self.batches(mine, runtime.micro_batch_tokens, runtime.packed, pad_id)
+        return batches or [pad([self.ids(0)], [len(self.ids(0))], pad_id, ())]
 
     def places(self, indices: Sequence[int]) -> torch.Tensor:
         """Where the tokens of some completions are among the N, in the order of these completions."""
@@ -65,6 +76,37 @@ class Rollouts:
         """values_BT in a batch's layout, on its device, 0 outside its targets."""
         values_N = self.tokens[name][self.places(batch.indices)].to(batch.ids_BT.device)
         return torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device).masked_scatter(batch.target_BT.bool(), values_N)
+
+    def by_row(self, batch: TokenBatch, values_BT: torch.Tensor) -> torch.Tensor:
+        """values_BT of a batch's targets with one row a completion, right-padded with 0, however the batch is laid out. A batch
+        without a completion gives one row of nothing, through which gradients still flow."""
+        mask_BT = self.row_mask(batch)
+        rows_BT = torch.zeros(mask_BT.shape, dtype=values_BT.dtype, device=values_BT.device)
+        return rows_BT.masked_scatter(mask_BT.bool(), values_BT[batch.target_BT.bool()])
+
+    def row_mask(self, batch: TokenBatch) -> torch.Tensor:
+        """The mask of `by_row`."""
+        lengths_B = torch.from_numpy(self.lengths_B[list(batch.indices)] if batch.indices else np.zeros(1, dtype=np.int64))
+        mask_BT = torch.arange(max(1, int(lengths_B.max())))[None] < lengths_B[:, None]
+        return mask_BT.long().to(batch.ids_BT.device)
+
+    def rows(self, name: str, batch: TokenBatch) -> torch.Tensor:
+        """The numbers that are kept under a name, laid out as `by_row` does."""
+        mask_BT = self.row_mask(batch)
+        values_N = self.tokens[name][self.places(batch.indices)].to(mask_BT.device)
+        return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT.bool(), values_N)
+
+    def joined(self, others: Rollouts) -> Rollouts:
+        """These completions and then others, with what is known of each of both."""
+        both = Rollouts([*self.samples, *others.samples])
+        both.each = {name: torch.cat([part_B, others.each[name]]) for name, part_B in self.each.items()}
+        return both
+
+    @property
+    def groups_B(self) -> np.ndarray:  # noqa: N802 - named by its shape
+        """Each completion's group: the number, in order of their first appearance, of its prompt's id."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(sample.row["id"], len(numbers)) for sample in self.samples])
 
     def take(self, values_N: torch.Tensor, batch: TokenBatch, values_BT: torch.Tensor) -> None:
         """Put a batch's numbers at its targets into `values_N`."""

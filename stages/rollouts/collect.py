@@ -31,7 +31,7 @@ def usable_prompts(run: Run, prompts: Path, policy: LoadedModel, others: Sequenc
 
     Raises InputError when none is left.
     """
-    rows, dropped, limit = [], 0, min(other.context for other in others)
+    rows, dropped, limit = [], 0, min((other.context for other in others), default=2**31)
     for row in run.rows(prompts):
         length = len(encode_prompt(policy.tokenizer, row["prompt"]))
         if 0 < length < policy.context and min(policy.context, length + new_tokens) <= limit:
@@ -52,27 +52,30 @@ def collect(
     seed: int,
     step: int,
     runtime: Runtime,
-    progress: Callable[[int], None] = lambda _: None,
+    samples: int = 1,
+    seen: Counter[str] | None = None,
 ) -> Rollouts:
-    """One completion of each row, in order. A row that comes twice is sampled twice."""
-    seen: Counter[str] = Counter()
+    """`samples` completions of each row, in order. A row that comes twice is sampled anew: `seen` counts, by row, what this
+    step has drawn already."""
+    seen = Counter() if seen is None else seen
     numbers = []
     for row in rows:
         numbers.append(seen[row["id"]])
-        seen[row["id"]] += 1
+        seen[row["id"]] += samples
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     with accelerator.autocast():
-        samples, _ = sample_rows(
+        drawn, _ = sample_rows(
             policy,
             [rows[place] for place in mine],
             sampling,
             seed=seed,
             step=step,
+            samples=samples,
             numbers=[numbers[place] for place in mine],
             batch_size=runtime.generation_batch,
-            progress=progress,
         )
-    found: list[Any] = gather_object(list(zip(mine, samples, strict=True)))
+    places = [(place, number) for place in mine for number in range(samples)]
+    found: list[Any] = gather_object(list(zip(places, drawn, strict=True)))
     return Rollouts([sample for _, sample in sorted(found, key=lambda pair: pair[0])])
 
 

@@ -1,4 +1,5 @@
 """Generation with a KV cache: prompts sorted by length, left-padded, finished sequences dropped from the batch as it shrinks.
+A prompt that comes several times is read once: its keys and values are copied to all its completions.
 
 Each sample draws its tokens by inverting the distribution's cumulative sum at its own uniform numbers, so what is sampled
 does not depend on which other samples share the batch.
@@ -72,13 +73,9 @@ def _generate_batch(
     uniforms_BT = torch.from_numpy(uniforms(seeds_B, steps)).to(device)
     stops = torch.tensor(policy.stops, device=device)
 
-    ids_BT = torch.full((len(prompts), width), policy.pad_id, device=device)
     attention_BT = torch.zeros((len(prompts), width + steps), dtype=torch.int64, device=device)
     for b, prompt in enumerate(prompts):
-        ids_BT[b, width - len(prompt) :] = torch.tensor(prompt, device=device)
         attention_BT[b, width - len(prompt) : width] = 1
-    position_ids_BT = (attention_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
-
     sampled_BT = torch.full((len(prompts), steps), policy.pad_id, device=device)
     logps_BT = torch.zeros((len(prompts), steps), device=device)
     lengths_B = torch.zeros(len(prompts), dtype=torch.int64, device=device)
@@ -87,17 +84,9 @@ def _generate_batch(
     rows = torch.arange(len(prompts), device=device)
     open_R = torch.ones(len(prompts), dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
-    next_ids, next_positions = ids_BT, position_ids_BT
+    logits_RV, positions_R = _read_prompts(policy, prompts, attention_BT[:, :width], cache)
     for t in range(steps):
-        output = model(
-            input_ids=next_ids,
-            attention_mask=attention_BT[rows, : width + t],
-            position_ids=next_positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        tokens_R, logps_R = draw(output.logits[:, -1], uniforms_BT[rows, t], sampling)
+        tokens_R, logps_R = draw(logits_RV, uniforms_BT[rows, t], sampling)
         live = rows[open_R]
         sampled_BT[live, t], logps_BT[live, t], lengths_B[live] = tokens_R[open_R], logps_R[open_R], t + 1
         stopped_R = open_R & torch.isin(tokens_R, stops)
@@ -105,15 +94,51 @@ def _generate_batch(
         open_R = open_R & ~stopped_R & (t + 1 < budget_B[rows])
         attention_BT[rows, width + t] = 1
         # A sequence that is done stays where it is: past the context there may be no position to look up.
-        next_ids, next_positions = tokens_R[:, None], next_positions[:, -1:] + open_R[:, None].long()
+        positions_R = positions_R + open_R.long()
         count = int(open_R.sum())
         if count == 0:
             break
         if count <= 0.75 * len(rows):
             keep = open_R.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
-            rows, open_R, next_ids, next_positions = rows[keep], open_R[keep], next_ids[keep], next_positions[keep]
+            rows, open_R, tokens_R, positions_R = rows[keep], open_R[keep], tokens_R[keep], positions_R[keep]
+        logits_RV = model(
+            input_ids=tokens_R[:, None],
+            attention_mask=attention_BT[rows, : width + t + 1],
+            position_ids=positions_R[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
     return _completions(sampled_BT, logps_BT, lengths_B, stopped_B)
+
+
+def _read_prompts(
+    policy: LoadedPolicy, prompts: Sequence[Sequence[int]], attention_BT: torch.Tensor, cache: DynamicCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill the cache; logits_BV of the first tokens, and positions_B of the prompts' last ones. Equal prompts are read once."""
+    device, width = policy.model.device, attention_BT.shape[1]
+    firsts: dict[tuple[int, ...], int] = {}
+    same_B = [firsts.setdefault(tuple(prompt), len(firsts)) for prompt in prompts]
+    chosen = torch.tensor([same_B.index(u) for u in range(len(firsts))], device=device)
+    ids_UT = torch.full((len(firsts), width), policy.pad_id, device=device)
+    for u, prompt in enumerate(firsts):
+        ids_UT[u, width - len(prompt) :] = torch.tensor(prompt, device=device)
+    attention_UT = attention_BT[chosen]
+    positions_UT = (attention_UT.cumsum(-1) - 1).clamp(min=0)
+    logits_UV = policy.model(
+        input_ids=ids_UT,
+        attention_mask=attention_UT,
+        position_ids=positions_UT,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    if len(firsts) == len(prompts):
+        return logits_UV, positions_UT[:, -1]
+    copies_B = torch.tensor(same_B, device=device)
+    cache.batch_select_indices(copies_B)
+    return logits_UV[copies_B], positions_UT[copies_B, -1]
 
 
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from stages.objectives.value import explained_variance
@@ -10,17 +13,16 @@ from stages.rollouts.sample import Row
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Means over completions: `reward` in all and `rewards.*` by component, `kl` to the reference in nats a completion, lengths
-    in tokens, the share truncated; `entropy` in nats a token."""
-    kl_B = rollouts.sums_B(rollouts.tokens["logp"] - rollouts.tokens["ref_logp"])
-    parts = {name: float(part_B.mean()) for name, part_B in rollouts.each.items()}
-    return parts | {
-        "reward_std": float(rollouts.each["reward"].std()),
-        "kl": float(kl_B.mean()),
-        "entropy": float(rollouts.tokens["entropy"].mean()),
-        "length": float(rollouts.lengths_B.mean()),
-        "truncated": float(rollouts.truncated_B.mean()),
-    }
+    """Means over completions: `reward` in all and `rewards.*` by component, of those that have one; where they are measured,
+    `kl` to the reference in nats a completion and `entropy` in nats a token; lengths in tokens; the share truncated."""
+    known = {name: part_B[~part_B.isnan()] for name, part_B in rollouts.each.items()}
+    found = {name: float(part_B.mean()) for name, part_B in known.items() if len(part_B)}
+    found["reward_std"] = float(known["reward"].std()) if len(known["reward"]) > 1 else 0.0
+    if (kl_B := _drift(rollouts)) is not None:
+        found["kl"] = float(kl_B.mean())
+    if "entropy" in rollouts.tokens:
+        found["entropy"] = float(rollouts.tokens["entropy"].mean())
+    return found | {"length": float(rollouts.lengths_B.mean()), "truncated": float(rollouts.truncated_B.mean())}
 
 
 def critic_metrics(rollouts: Rollouts) -> dict[str, float]:
@@ -31,12 +33,19 @@ def critic_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def rollout_records(rollouts: Rollouts, step: int) -> list[Row]:
-    """One row a completion, in DESIGN's columns; the advantage is its tokens' mean."""
-    kl_B = rollouts.sums_B(rollouts.tokens["logp"] - rollouts.tokens["ref_logp"])
+    """One row a completion, in DESIGN's columns; the advantage is its tokens' mean. Null: no reward, or not measured."""
+    kl_B = _drift(rollouts)
     advantage_B = rollouts.sums_B(rollouts.tokens["advantages"]) / rollouts.lengths_B
-    columns = {name: part_B.tolist() for name, part_B in rollouts.each.items()}
-    columns |= {"kl": kl_B.tolist(), "advantage": advantage_B.tolist()}
+    columns = {name: [None if math.isnan(one) else one for one in part_B.tolist()] for name, part_B in rollouts.each.items()}
+    columns |= {"kl": [None] * len(rollouts) if kl_B is None else kl_B.tolist(), "advantage": advantage_B.tolist()}
     return [
         sample.record(step, "policy") | {name: values[place] for name, values in columns.items()}
         for place, sample in enumerate(rollouts.samples)
     ]
+
+
+def _drift(rollouts: Rollouts) -> np.ndarray | None:
+    """kl_B to the reference, k1, where both log-probs are known."""
+    if "ref_logp" not in rollouts.tokens:
+        return None
+    return rollouts.sums_B(rollouts.tokens["logp"] - rollouts.tokens["ref_logp"])

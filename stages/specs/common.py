@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -50,6 +50,8 @@ class Sampling(Config):
 class RewardRef(Config):
     """A reward by name, with its arguments. Its version is identity: see `stages/rewards`."""
 
+    LEARNED: ClassVar[bool] = False
+
     name: str = Field(title="Reward", description="A name registered in stages/rewards.")
     args: dict[str, JsonValue] = Field(default_factory=dict, title="Arguments", description="Keyword arguments of the reward.")
 
@@ -60,9 +62,34 @@ class RewardRef(Config):
 
         if name not in REWARDS:
             raise ValueError(f"no reward is named {name!r}; there are {', '.join(sorted(REWARDS))}")
+        if REWARDS[name].port is not None and not cls.LEARNED:
+            raise ValueError(f"{name!r} is a part of a mixed reward; here a reward model is an input of the stage")
         return name
 
     def identity(self) -> dict[str, Any]:
         from stages.rewards import REWARDS
 
         return super().identity() | {"version": REWARDS[self.name].version}
+
+
+class WeightedReward(RewardRef):
+    """One part of a mixed reward."""
+
+    LEARNED: ClassVar[bool] = True
+
+    weight: float = Field(default=1.0, title="Weight", description="Of this part in the sum; 0: it is only reported.")
+    where: dict[str, str] = Field(
+        default_factory=dict,
+        title="Where",
+        description="Column: value; only for rows whose column, as text, is this. Empty: for all rows.",
+    )
+    label: str | None = Field(
+        default=None,
+        pattern=r"^\w+$",
+        title="Label",
+        description="What its metric `rewards.LABEL` is called; the reward's name when not given.",
+    )
+
+    @property
+    def key(self) -> str:
+        return self.label or self.name

@@ -1,0 +1,94 @@
+"""A reward of several parts: rules, verifiers and learned models, weighted, each for all rows or for some of them.
+
+    reward(completion) = sum of weight * score over the parts whose `where` the row meets
+
+A part that has no verdict (None) leaves the whole completion without a reward: a sum without it would rate the completion as
+if it had failed there. Parts of weight 0 are only reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.errors import InputError
+from stages.rewards import REWARDS, require_columns, score
+from stages.rewards.base import Row, Score
+from stages.specs.common import WeightedReward
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What became of one completion: its reward, every part's score by key (None: no verdict; absent: not for this row), and,
+    as (position of the step's last character, weighted score), what rated which step of it."""
+
+    total: float | None
+    parts: Mapping[str, float | None]
+    steps: Sequence[tuple[int, float]] = field(default_factory=list)
+
+
+class Mixture:
+    """The parts of a reward, ready to be asked. `given` are further arguments by reward name: a learned one's model."""
+
+    def __init__(self, parts: Sequence[WeightedReward], given: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.parts = list(parts)
+        self.given = given or {}
+
+    @property
+    def keys(self) -> list[str]:
+        return [part.key for part in self.parts]
+
+    def check(self, columns: Iterable[str], dataset: str) -> None:
+        """Refuse a dataset that lacks a column that a part needs or chooses its rows by."""
+        columns = list(columns)
+        for part in self.parts:
+            require_columns(part.name, columns, dataset)
+            if missing := sorted(set(part.where) - set(columns)):
+                raise InputError(
+                    f"reward {part.key!r} is for rows by the column {missing[0]!r}, which {dataset} does not have "
+                    f"(it has {', '.join(columns)})"
+                )
+
+    def check_row(self, row: Row, where: str) -> None:
+        """Refuse, before anything is sampled, a row that no part rates, or that lacks what a part needs of it."""
+        mine = [part for part in self.parts if applies(part, row)]
+        if not any(part.weight for part in mine):
+            raise InputError(f"{where}: no reward is for it; give one without `where`, or leave such rows out in `prepare`")
+        for part in mine:
+            for column in REWARDS[part.name].columns:
+                if row.get(column) is None or row[column] == "":
+                    raise InputError(f'{where}: "{column}" is empty, and the reward {part.name!r} needs it')
+
+    def __call__(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Mixed]:
+        """One `Mixed` a completion, in order."""
+        verdicts: list[dict[str, Score | None]] = [{} for _ in completions]
+        for part in self.parts:
+            places = [place for place, row in enumerate(rows) if applies(part, row)]
+            if not places:
+                continue
+            args = {**part.args, **self.given.get(part.name, {})}
+            found = score(part.name, [completions[i] for i in places], [rows[i] for i in places], **args)
+            for place, one in zip(places, found, strict=True):
+                verdicts[place][part.key] = one if one is not None and math.isfinite(one.total) else None
+        return [self._mixed(text, given) for text, given in zip(completions, verdicts, strict=True)]
+
+    def _mixed(self, text: str, verdicts: Mapping[str, Score | None]) -> Mixed:
+        parts = {key: None if one is None else float(one.total) for key, one in verdicts.items()}
+        weighted = [(part.weight, verdicts[part.key]) for part in self.parts if part.weight and part.key in verdicts]
+        known = [(weight, one) for weight, one in weighted if one is not None]
+        if len(known) < len(weighted):
+            return Mixed(None, parts)
+        steps: list[tuple[int, float]] = []
+        for weight, one in known:
+            if one.step_scores is None or one.step_ends is None:
+                steps.append((max(0, len(text) - 1), weight * one.total))
+            else:
+                steps += [(end, weight * value) for end, value in zip(one.step_ends, one.step_scores, strict=True)]
+        return Mixed(sum(weight * one.total for weight, one in known), parts, sorted(steps))
+
+
+def applies(part: WeightedReward, row: Row) -> bool:
+    """Whether a part rates a row's completions."""
+    return all(str(row.get(column)) == value for column, value in part.where.items())

@@ -1,0 +1,73 @@
+"""The completions of one prompt, which are compared with each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stages.objectives.advantages import spread_B
+from stages.rollouts.batch import Rollouts
+from stages.specs.grpo import GrpoConfig
+
+
+def with_spread(rollouts: Rollouts) -> np.ndarray:
+    """Which completions have a reward, and a group in which rewards differ."""
+    reward_B = rollouts.each["reward"]
+    return spread_B(reward_B, torch.from_numpy(rollouts.groups_B), ~reward_B.isnan()).numpy()
+
+
+def by_group(rollouts: Rollouts, indices: np.ndarray) -> list[np.ndarray]:
+    """Some completions, those of a group together."""
+    groups_B = rollouts.groups_B[indices]
+    return [indices[groups_B == group] for group in np.unique(groups_B)]
+
+
+def group_minibatches(rollouts: Rollouts, count: int, seed: int, step: int, epoch: int) -> list[np.ndarray]:
+    """The completions of each minibatch of one pass: whole groups, in a seeded order."""
+    groups_B = rollouts.groups_B
+    order = np.random.default_rng([seed, step, epoch]).permutation(int(groups_B.max()) + 1)
+    return [np.flatnonzero(np.isin(groups_B, groups)) for groups in np.array_split(order, count)]
+
+
+def ordered_pairs(reward_G: torch.Tensor) -> int:
+    """How many pairs of a group's rewards have an order."""
+    return int((reward_G[:, None] > reward_G[None, :]).sum())
+
+
+def counted(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
+    """Which completions the loss is a mean of: those with a reward, unless they are masked, or other prompts have taken their
+    group's place."""
+    counted_B = ~rollouts.each["reward"].isnan().numpy()
+    if config.truncation.how == "mask":
+        counted_B &= ~rollouts.truncated_B
+    return counted_B & with_spread(rollouts) if config.refill.rounds else counted_B
+
+
+def taught(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
+    """Which of them have a loss that depends on the policy."""
+    counted_B = counted(config, rollouts)
+    if config.reference_kl.penalised_in is not None:
+        return counted_B
+    if config.objective == "ranked_pairs":
+        return counted_B & with_spread(rollouts)
+    return counted_B & (rollouts.sums_B(rollouts.tokens["advantages"].abs()) > 0)
+
+
+class Totals:
+    """What the sums over a minibatch are divided by, over all processes: `mean`, by `aggregate`, over the `counted`
+    completions; `run`, the tokens of the `chosen` ones, whose loss is computed, and `pairs`, their groups' ordered pairs."""
+
+    def __init__(self, config: GrpoConfig, rollouts: Rollouts, counted: np.ndarray, chosen: np.ndarray) -> None:
+        tokens = int(rollouts.lengths_B[counted].sum())
+        each = {"sequence": len(counted), "token": tokens, "constant": len(counted) * config.sampling.max_new_tokens}
+        self.mean = max(1, each[config.aggregate])
+        self.run = max(1, int(rollouts.lengths_B[chosen].sum()))
+        self.pairs = max(1, sum(ordered_pairs(rollouts.each["reward"][unit]) for unit in by_group(rollouts, chosen)))
+
+
+def group_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Groups sampled, those among them that teach nothing, and completions without a reward."""
+    groups = len(np.unique(rollouts.groups_B))
+    spread = len(np.unique(rollouts.groups_B[with_spread(rollouts)]))
+    missing = float(rollouts.each["reward"].isnan().sum())
+    return {"groups": float(groups), "groups_without_spread": float(groups - spread), "rewards_missing": missing}

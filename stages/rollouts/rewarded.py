@@ -1,0 +1,61 @@
+"""Rewards of a step's completions, on one process or many, and which token each rated step ends at."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+
+from stages.rewards.mix import Mixed, Mixture
+from stages.rollouts.batch import Rollouts
+from stages.rollouts.sample import Sample
+from stages.specs.grpo import Truncation
+
+
+def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts) -> list[Mixed]:
+    """Score every completion, each process its share; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`."""
+    mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+    samples = [rollouts.samples[place] for place in mine]
+    rows = [{**sample.row, "finish": sample.completion.finish} for sample in samples]
+    with accelerator.autocast():
+        verdicts = mixture([sample.text for sample in samples], rows)
+    found: list[Any] = gather_object(list(zip(mine, verdicts, strict=True)))
+    verdicts = [one for _, one in sorted(found, key=lambda pair: pair[0])]
+    rollouts.each["reward"] = _numbers([one.total for one in verdicts])
+    for key in mixture.keys:
+        rollouts.each[f"rewards.{key}"] = _numbers([one.parts.get(key) for one in verdicts])
+    return verdicts
+
+
+def punish_length(rollouts: Rollouts, truncation: Truncation, limit: int) -> None:
+    """Take the penalty of length off the rewards: all of it for what was cut off at `limit` tokens, and before that evenly more
+    over the window (DAPO's soft overlong punishment, arXiv 2503.14476 eq. 13)."""
+    over_B = torch.from_numpy(rollouts.lengths_B - (limit - truncation.window)).double()
+    rising_B = (over_B / truncation.window).clamp(0, 1) if truncation.window else torch.zeros_like(over_B)
+    penalty_B = -truncation.penalty * torch.where(torch.from_numpy(rollouts.truncated_B), 1.0, rising_B)
+    rollouts.each |= {"reward": rollouts.each["reward"] + penalty_B, "rewards.overlong": penalty_B}
+
+
+def step_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, steps: Sequence[tuple[int, float]]) -> list[int]:
+    """The place, among a completion's tokens, of the last one of each step; steps end at characters of its text.
+
+    What ends with the text ends with its last token, the EOS included.
+    """
+    ids = sample.completion.ids
+
+    def characters(count: int) -> int:
+        return len(tokenizer.decode(ids[:count], skip_special_tokens=False))
+
+    places = range(1, len(ids) + 1)
+    found = [bisect_left(places, end + 1, key=characters) for end, _ in steps]
+    last = len(ids) - 1
+    return [last if end >= len(sample.text) - 1 else min(place, last) for (end, _), place in zip(steps, found, strict=True)]
+
+
+def _numbers(values: Sequence[float | None]) -> torch.Tensor:
+    return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
