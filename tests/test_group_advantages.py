@@ -1,4 +1,4 @@
-"""Group and process advantages: hand-worked numbers, TRL's formulas, what a group leaves out, and the properties of each scale."""
+"""Group and process advantages: hand-worked numbers, loops written out, what a group leaves out."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_steps_that_cannot_be_are_refused(ends: list[list[int]]) -> None:
 
 
 def test_the_worked_pairs_of_a_ranked_group() -> None:
-    """`worked-examples.txt` 4: the six losses sum to 52.41 (DESIGN 8); pairs (2 > 3), (2 > 1), (1 > 4) are 2.63, 10.60, 4.20."""
+    """`worked-examples.txt` 4: the six losses sum to 52.41 (DESIGN 8); three of them are 2.63, 10.59, 4.19."""
     logp, ranks = torch.tensor([-32.1, -67.4, -58.9, -18.2]), torch.tensor([3, 1, 2, 4])
     assert ranked_group(logp, ranks, 0.3).item() == pytest.approx(52.41, abs=0.005)
     for better, worse, loss in ((1, 2, 2.63), (1, 0, 10.59), (0, 3, 4.19)):
