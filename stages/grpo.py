@@ -27,7 +27,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
 from stages.rollouts.groups import Totals, by_group, counted, group_metrics, group_minibatches, taught, with_spread
 from stages.rollouts.report import rollout_metrics, rollout_records
-from stages.rollouts.rewarded import give_rewards, punish_length, step_tokens
+from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
 from stages.rollouts.sample import Row, of_one_sample
 from stages.run import Run
 from stages.specs.grpo import GrpoConfig
@@ -181,9 +180,8 @@ def _judge(loop: Loop, rollouts: Rollouts, verdicts: list[Mixed], at: Position) 
         _measure(loop, rollouts, at, counted(config, rollouts))
     reward_B, groups_B = rollouts.each["reward"], torch.from_numpy(rollouts.groups_B)
     if config.supervision == "process":
-        tokens = [step_tokens(loop.policy.tokenizer, *one) for one in _rated(rollouts, verdicts)]
-        scores = [[score for _, score in steps] for _, steps in _rated(rollouts, verdicts)]
-        advantages_BT = process_advantages(scores, tokens, groups_B, int(rollouts.lengths_B.max()))
+        scores, ends = rated_steps(loop.policy.tokenizer, rollouts, verdicts)
+        advantages_BT = process_advantages(scores, ends, groups_B, int(rollouts.lengths_B.max()))
     else:
         if config.reference_kl.penalised_in == "reward":
             drift_B = rollouts.sums_B(rollouts.tokens["logp"] - rollouts.tokens["ref_logp"])
@@ -193,14 +191,6 @@ def _judge(loop: Loop, rollouts: Rollouts, verdicts: list[Mixed], at: Position) 
     rollouts.keep("advantages", advantages_BT)
     if config.reference_kl.penalised_in != "reward":
         _measure(loop, rollouts, at, taught(config, rollouts))
-
-
-def _rated(rollouts: Rollouts, verdicts: list[Mixed]) -> list[tuple[Any, list[tuple[int, float]]]]:
-    """Each sample with its rated steps: none for one without a reward."""
-    return [
-        (sample, list(one.steps) if one.total is not None else [])
-        for sample, one in zip(rollouts.samples, verdicts, strict=True)
-    ]
 
 
 def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) -> None:
@@ -284,7 +274,7 @@ def _ranked(rollouts: Rollouts, batch: TokenBatch, logp_BT: torch.Tensor, beta: 
 
 def _share(loop: Loop, rollouts: Rollouts, indices: np.ndarray) -> list[TokenBatch]:
     """This process's micro-batches of some completions; pairs are of one group, which then stays whole."""
-    units = by_group(rollouts, indices) if loop.config.objective == "ranked_pairs" else list(indices[:, None])
+    units = by_group(rollouts, indices) if loop.config.objective == "ranked_pairs" else indices
     return rollouts.share(loop.accelerator, units, loop.config.runtime, loop.policy.pad_id)
 
 

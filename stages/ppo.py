@@ -252,7 +252,7 @@ def minibatches(config: PpoConfig, step: int, epoch: int) -> list[np.ndarray]:
 
 def _share(loop: Loop, rollouts: Rollouts, indices: np.ndarray) -> Sequence[TokenBatch]:
     """This process's micro-batches of some completions."""
-    return rollouts.share(loop.accelerator, list(indices[:, None]), loop.config.runtime, loop.policy.pad_id)
+    return rollouts.share(loop.accelerator, indices, loop.config.runtime, loop.policy.pad_id)
 
 
 def _save(run: Run, loop: Loop, step: int, penalty: AdaptiveKL, parts: Parts, rollouts: Rollouts | None) -> None:

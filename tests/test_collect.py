@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -132,19 +133,36 @@ def test_rows_are_sampled_in_order_and_those_that_come_twice_anew(
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_processes_share_the_sampling_and_all_end_with_all_of_it(
-    policy: LoadedPolicy, collected: Rollouts, processes: int
+    policy: LoadedPolicy, collected: Rollouts, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, heard = [sample.row for sample in collected.samples], []
+    rows, shares = [sample.row for sample in collected.samples], []
     small = CPU.model_copy(update={"generation_batch": 2})
 
-    def one(accelerator: Any) -> Rollouts:
-        rank = accelerator.process_index
-        return collect(accelerator, policy, rows, SAMPLING, 4, 2, small, lambda done: heard.append((rank, done)))
+    def counted(*given: Any, **named: Any) -> Any:
+        shares.append(len(given[1]))
+        return sample_rows(*given, **named)
 
-    for found in on_ranks(processes, one):
+    monkeypatch.setattr(collecting, "sample_rows", counted)
+    for found in on_ranks(processes, lambda accelerator: collect(accelerator, policy, rows, SAMPLING, 4, 2, small)):
         assert_same(found.samples, collected.samples)
-    shares = [len(rows[rank::processes]) for rank in range(processes)]
-    assert sorted(heard) == [(rank, min(done + 2, share)) for rank, share in enumerate(shares) for done in range(0, share, 2)]
+    assert sorted(shares) == sorted(len(rows[rank::processes]) for rank in range(processes))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_groups_are_sampled_side_by_side_and_never_twice(policy: LoadedPolicy, chain_rows: Rows, processes: int) -> None:
+    rows = [chain_rows[place] for place in (3, 1, 3, 0)]
+
+    def two_rounds(accelerator: Any) -> Rollouts:
+        seen = Counter[str]()
+        first = collect(accelerator, policy, rows, SAMPLING, 4, 2, CPU, samples=3, seen=seen)
+        return first.joined(collect(accelerator, policy, [chain_rows[1]], SAMPLING, 4, 2, CPU, samples=3, seen=seen))
+
+    for found in on_ranks(processes, two_rounds):
+        assert [chain_rows.index(sample.row) for sample in found.samples] == [3, 3, 3, 1, 1, 1, 3, 3, 3, 0, 0, 0, 1, 1, 1]
+        assert [sample.sample for sample in found.samples] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
+        assert found.groups_B.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 2, 2, 2, 1, 1, 1]
+        alone, _ = sample_rows(policy, [chain_rows[3], chain_rows[1]], SAMPLING, seed=4, step=2, samples=6)
+        assert_same([found.samples[i] for i in (0, 1, 2, 6, 7, 8, 3, 4, 5, 12, 13, 14)], alone)
 
 
 def test_a_row_is_numbered_from_where_it_is_told(policy: LoadedPolicy, chain_rows: Rows) -> None:

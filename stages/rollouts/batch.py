@@ -22,8 +22,8 @@ from stages.rollouts.engine import Completion
 from stages.rollouts.sample import Row, Sample
 from stages.specs.base import Runtime
 
-# Completions that stay in one batch.
-Unit = Sequence[int] | np.ndarray
+# Completions by number, or several that stay in one batch.
+Units = Sequence[int] | Sequence[np.ndarray] | np.ndarray
 
 
 class Rollouts:
@@ -49,9 +49,9 @@ class Rollouts:
         sample = self.samples[index]
         return np.array([*sample.prompt_ids, *sample.completion.ids], dtype=np.int64)
 
-    def batches(self, units: Sequence[Unit], max_tokens: int, packed: bool, pad_id: int) -> list[TokenBatch]:
+    def batches(self, units: Units, max_tokens: int, packed: bool, pad_id: int) -> list[TokenBatch]:
         """Micro-batches of some completions, those of a unit in one batch; the targets are the completions' tokens."""
-        members = [[int(index) for index in unit] for unit in units]
+        members: list[list[int]] = [np.atleast_1d(unit).tolist() for unit in units]
         longest = [max(len(self.ids(index)) for index in unit) for unit in members]
         result = []
         for group in split_by_length(longest, max_tokens, packed, [len(unit) for unit in members]):
@@ -61,7 +61,7 @@ class Rollouts:
             result.append(build([self.ids(index) for index in chosen], firsts, pad_id, tuple(chosen)))
         return result
 
-    def share(self, accelerator: Accelerator, units: Sequence[Unit], runtime: Runtime, pad_id: int) -> list[TokenBatch]:
+    def share(self, accelerator: Accelerator, units: Units, runtime: Runtime, pad_id: int) -> list[TokenBatch]:
         """This process's micro-batches of some completions; without any, a sequence of which no token counts."""
         mine = units[accelerator.process_index :: accelerator.num_processes]
         batches = self.batches(mine, runtime.micro_batch_tokens, runtime.packed, pad_id)

@@ -41,20 +41,25 @@ def punish_length(rollouts: Rollouts, truncation: Truncation, limit: int) -> Non
     rollouts.each |= {"reward": rollouts.each["reward"] + penalty_B, "rewards.overlong": penalty_B}
 
 
-def step_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, steps: Sequence[tuple[int, float]]) -> list[int]:
-    """The place, among a completion's tokens, of the last one of each step; steps end at characters of its text.
+def rated_steps(
+    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, verdicts: Sequence[Mixed]
+) -> tuple[list[list[float]], list[list[int]]]:
+    """The scores of each completion's steps, and the place among its tokens where each ends; none without a reward."""
+    steps = [[] if one.total is None else one.steps for one in verdicts]
+    ends = [last_tokens(tokenizer, sample, [end for end, _ in of]) for sample, of in zip(rollouts.samples, steps, strict=True)]
+    return [[score for _, score in of] for of in steps], ends
 
-    What ends with the text ends with its last token, the EOS included.
-    """
-    ids = sample.completion.ids
 
-    def characters(count: int) -> int:
-        return len(tokenizer.decode(ids[:count], skip_special_tokens=False))
+def last_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, ends: Sequence[int]) -> list[int]:
+    """The places of the tokens with certain characters of a completion's text. Its last character's is that of its last token,
+    EOS included."""
+    ids, last = sample.completion.ids, len(sample.completion.ids) - 1
 
-    places = range(1, len(ids) + 1)
-    found = [bisect_left(places, end + 1, key=characters) for end, _ in steps]
-    last = len(ids) - 1
-    return [last if end >= len(sample.text) - 1 else min(place, last) for (end, _), place in zip(steps, found, strict=True)]
+    def characters(place: int) -> int:
+        return len(tokenizer.decode(ids[: place + 1], skip_special_tokens=False))
+
+    found = [bisect_left(range(last), end + 1, key=characters) for end in ends]
+    return [last if end >= len(sample.text) - 1 else place for end, place in zip(ends, found, strict=True)]
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor:
