@@ -43,12 +43,11 @@ from stages.models.logprobs import TokenLogProbs, check_log_probs
 from stages.objectives.advantages import group_advantages, process_advantages
 from stages.objectives.kl import kl_loss
 from stages.objectives.policy import policy_loss, policy_metrics
-from stages.objectives.preference import ranked_group
 from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.mix import Mixed, Mixture
+from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
-from stages.rollouts.groups import Totals, by_group, counted, group_metrics, group_minibatches, taught, with_spread
 from stages.rollouts.report import rollout_metrics, rollout_records
 from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
 from stages.rollouts.sample import Row, of_one_sample
@@ -128,7 +127,7 @@ def grpo(
             if due:
                 _save(run, loop, at, parts, rollouts)
         sampled = perf_counter()
-        metrics = rollout_metrics(rollouts) | group_metrics(rollouts)
+        metrics = rollout_metrics(rollouts) | groups.group_metrics(rollouts)
         if at.step == 0:
             run.log(0, {f"{name}_before": metrics[name] for name in ("reward", "length") if name in metrics})
         metrics |= {"lr": float(loop.scheduler.get_last_lr()[0])} | _update(loop, rollouts, at.step)
@@ -165,7 +164,7 @@ def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> tuple
         if config.truncation.how == "penalise":
             punish_length(more, config.truncation, config.sampling.max_new_tokens)
         rollouts = more if rollouts is None else rollouts.joined(more)
-        wanted = config.prompts - len(np.unique(rollouts.groups_B[with_spread(rollouts)]))
+        wanted = config.prompts - len(np.unique(rollouts.groups_B[groups.with_spread(rollouts)]))
         if wanted <= 0:
             break
     assert rollouts is not None
@@ -177,7 +176,7 @@ def _judge(loop: Loop, rollouts: Rollouts, verdicts: list[Mixed], at: Position) 
     """Advantages of every token, and the log-probs that the update, the KL and its report need."""
     config, kl = loop.config, loop.config.reference_kl
     if config.reference_kl.penalised_in == "reward":
-        _measure(loop, rollouts, at, counted(config, rollouts))
+        _measure(loop, rollouts, at, groups.counted(config, rollouts))
     reward_B, groups_B = rollouts.each["reward"], torch.from_numpy(rollouts.groups_B)
     if config.supervision == "process":
         scores, ends = rated_steps(loop.policy.tokenizer, rollouts, verdicts)
@@ -190,7 +189,7 @@ def _judge(loop: Loop, rollouts: Rollouts, verdicts: list[Mixed], at: Position) 
         advantages_BT = advantages_B[:, None].expand(-1, int(rollouts.lengths_B.max()))
     rollouts.keep("advantages", advantages_BT)
     if config.reference_kl.penalised_in != "reward":
-        _measure(loop, rollouts, at, taught(config, rollouts))
+        _measure(loop, rollouts, at, groups.taught(config, rollouts))
 
 
 def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) -> None:
@@ -200,7 +199,7 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
     # The first pass's own micro-batches, so that its ratios are exactly 1: batches of another shape differ in last bits.
     passes = [
         members[run_B[members]]
-        for members in group_minibatches(rollouts, loop.config.minibatches, loop.config.seed, at.step, epoch=0)
+        for members in groups.group_minibatches(rollouts, loop.config.minibatches, loop.config.seed, at.step, epoch=0)
     ]
     batches = [batch for indices in [*passes, np.flatnonzero(~run_B)] for batch in _share(loop, rollouts, indices)]
     temperature = loop.config.sampling.temperature
@@ -217,11 +216,11 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
 def _update(loop: Loop, rollouts: Rollouts, step: int) -> dict[str, float]:
     """Passes over a step's completions; the means of what the updates measured."""
     config, meter, norms = loop.config, Meter(), Counter[str]()
-    counted_B, run_B = counted(config, rollouts), taught(config, rollouts)
+    counted_B, run_B = groups.counted(config, rollouts), groups.taught(config, rollouts)
     for epoch in range(config.epochs):
-        for members in group_minibatches(rollouts, config.minibatches, config.seed, step, epoch):
+        for members in groups.group_minibatches(rollouts, config.minibatches, config.seed, step, epoch):
             chosen = members[run_B[members]]
-            totals = Totals(config, rollouts, members[counted_B[members]], chosen)
+            totals = groups.Totals(config, rollouts, members[counted_B[members]], chosen)
             measured = optimization_step(
                 loop.accelerator,
                 loop.module,
@@ -245,7 +244,7 @@ def _loss(loop: Loop, rollouts: Rollouts, batch: TokenBatch, totals: Totals, met
     old_logp_BT = logp_BT.detach() if loop.one_update else rollouts.rows("logp", batch)
     low, high = config.clip_low, config.clip_high
     if config.objective == "ranked_pairs":
-        loss = _ranked(rollouts, batch, logp_BT, config.pair_beta) / totals.pairs
+        loss = groups.ranked_pairs(rollouts, batch, logp_BT, config.pair_beta) / totals.pairs
     else:
         loss = policy_loss(logp_BT, old_logp_BT, advantages_BT, mask_BT, low, high, config.aggregate, totals.mean)
     moved = policy_metrics(logp_BT, old_logp_BT, advantages_BT, mask_BT, low, high)
@@ -260,21 +259,9 @@ def _loss(loop: Loop, rollouts: Rollouts, batch: TokenBatch, totals: Totals, met
     return loss
 
 
-def _ranked(rollouts: Rollouts, batch: TokenBatch, logp_BT: torch.Tensor, beta: float) -> torch.Tensor:
-    """The sum over the pairs of the batch's groups; without a group, 0 that gradients flow through."""
-    logp_B, indices = logp_BT.sum(-1), np.array(batch.indices, dtype=np.int64)
-    losses = [0.0 * logp_B.sum()]
-    for unit in by_group(rollouts, indices):
-        places = np.flatnonzero(np.isin(indices, unit))
-        # Rank 1 is best.
-        reward_G = rollouts.each["reward"][indices[places]].to(logp_B.device)
-        losses.append(ranked_group(logp_B[places], -reward_G, beta))
-    return torch.stack(losses).sum()
-
-
 def _share(loop: Loop, rollouts: Rollouts, indices: np.ndarray) -> list[TokenBatch]:
     """This process's micro-batches of some completions; pairs are of one group, which then stays whole."""
-    units = by_group(rollouts, indices) if loop.config.objective == "ranked_pairs" else indices
+    units = groups.by_group(rollouts, indices) if loop.config.objective == "ranked_pairs" else indices
     return rollouts.share(loop.accelerator, units, loop.config.runtime, loop.policy.pad_id)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from stages.data.batching import TokenBatch
 from stages.objectives.advantages import spread_B
+from stages.objectives.preference import ranked_group
 from stages.rollouts.batch import Rollouts
 from stages.specs.grpo import GrpoConfig
 
@@ -32,6 +34,18 @@ def group_minibatches(rollouts: Rollouts, count: int, seed: int, step: int, epoc
 def ordered_pairs(reward_G: torch.Tensor) -> int:
     """How many pairs of a group's rewards have an order."""
     return int((reward_G[:, None] > reward_G[None, :]).sum())
+
+
+def ranked_pairs(rollouts: Rollouts, batch: TokenBatch, logp_BT: torch.Tensor, beta: float) -> torch.Tensor:
+    """`ranked_group` by reward, summed over a batch's groups; without a group, 0 that gradients flow through."""
+    logp_B, indices = logp_BT.sum(-1), np.array(batch.indices, dtype=np.int64)
+    losses = [0.0 * logp_B.sum()]
+    for unit in by_group(rollouts, indices):
+        places = np.flatnonzero(np.isin(indices, unit))
+        # Rank 1 is best.
+        reward_G = rollouts.each["reward"][indices[places]].to(logp_B.device)
+        losses.append(ranked_group(logp_B[places], -reward_G, beta))
+    return torch.stack(losses).sum()
 
 
 def counted(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
