@@ -236,7 +236,7 @@ def _update(loop: Loop, rollouts: Rollouts, step: int) -> dict[str, float]:
     return meter.read(loop.accelerator, updates) | {name: value / updates for name, value in norms.items()}
 
 
-def _loss(loop: Loop, rollouts: Rollouts, batch: TokenBatch, totals: Totals, meter: Meter) -> torch.Tensor:
+def _loss(loop: Loop, rollouts: Rollouts, batch: TokenBatch, totals: groups.Totals, meter: Meter) -> torch.Tensor:
     """A micro-batch's share of the minibatch's loss."""
     config, kl, mask_BT = loop.config, loop.config.reference_kl, rollouts.row_mask(batch)
     logp_BT = rollouts.by_row(batch, loop.module(batch, config.sampling.temperature))
