@@ -5,6 +5,7 @@
     reward      mean of the learned reward, where a reward model is given: of exactly the tokens that were sampled
     win_rate    share of prompts on which the judge, or without one the reward model, scores the policy above the opponent;
                 a tie counts one half
+    thinking    mean number of tokens between <think> and </think>, where any completion has the tag
     kl          mean over completions of sum_t log pi(y_t) - log pi_ref(y_t), in nats a completion (k1, rl4llm 6.4)
 
 Every mean is over prompts, with a 95% bootstrap interval (percentiles over resampled prompts) in `_low` and `_high`.
@@ -30,6 +31,7 @@ from stages.models.load import DTYPES, LoadedPolicy, load_policy, require_same_t
 from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
 from stages.rewards import Score, require_columns, score
+from stages.rewards.form import thinking
 from stages.rollouts.sample import Sample, sample_rows
 from stages.run import Run
 from stages.specs.common import RewardRef
@@ -38,6 +40,7 @@ from stages.statistics import summary
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Values = list[float | None]
+LENGTHS = ("length", "thinking")
 
 
 def evaluate(
@@ -76,6 +79,8 @@ def evaluate(
         values["kl"] = _kl(config, samples, model, reference)
     values |= _judged(config, samples, rivals, learned)
     values["length"] = [float(len(sample.completion.ids)) for sample in samples]
+    if any("<think>" in sample.text for sample in samples):
+        values["thinking"] = [_tokens(model, thinking(sample.text)) for sample in samples]
 
     metrics: dict[str, float] = {}
     for name, numbers in values.items():
@@ -89,11 +94,15 @@ def evaluate(
     run.log(0, metrics | {"truncated": truncated / len(samples), "prompts_dropped": float(dropped)})
 
     records: list[dict[str, Any]] = [
-        sample.record(0, "policy") | {name: of[i] for name, of in values.items() if name != "length"}
+        sample.record(0, "policy") | {name: of[i] for name, of in values.items() if name not in LENGTHS}
         for i, sample in enumerate(samples)
     ]
-    write_rows(run.output("generations"), records, types={name: pa.float64() for name in values if name != "length"})
+    write_rows(run.output("generations"), records, types={name: pa.float64() for name in values if name not in LENGTHS})
     run.table("generations", [{"prompt": str(r["prompt"])[-60:], "completion": r["completion"][:120]} for r in records[:4]])
+
+
+def _tokens(model: LoadedPolicy, text: str) -> float:
+    return float(len(model.tokenizer(text, add_special_tokens=False)["input_ids"]))  # pyright: ignore[reportArgumentType]
 
 
 def by_prompt(samples: Sequence[Sample], numbers: Values) -> list[list[float]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import combinations, groupby, islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.artifacts import digest_of
+from stages.data.grouping import together
 from stages.data.parquet import RowWriter, read_schema
 from stages.data.schemas import row_id
 from stages.errors import InputError
@@ -106,20 +107,11 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
 
 def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[tuple[Row, float | None]]]:
     """The samples of one prompt after another, with their scores. Raises InputError when those of a prompt are not together."""
-    groups = _together(rows)
+    groups = together(rows)
     while chunk := list(islice(groups, CHUNK)):
         flat = [row for group in chunk for row in group]
         scores = iter(scorer(flat))
         yield from ([(row, next(scores)) for row in group] for group in chunk)
-
-
-def _together(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    known: set[int] = set()
-    for key, group in groupby(rows, key=lambda row: (row["id"], row.get("step"))):
-        if hash(key) in known:
-            raise InputError(f"the samples of the prompt with id {key[0]!r} do not stand side by side; sort them by id")
-        known.add(hash(key))
-        yield list(group)
 
 
 def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:

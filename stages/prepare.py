@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from stages.artifacts import digest_of
-from stages.data.parquet import RowWriter
+from stages.data.parquet import RowWriter, read_schema
 from stages.data.schemas import CANONICAL, TEXTS, canonical, in_form, prompt_text, row_id
 from stages.data.sources import read_source
 from stages.errors import InputError
@@ -28,15 +31,19 @@ KIND = tuple(name for name in CANONICAL if name not in ("id", "prompt", "margin"
 GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 
 
-def prepare(config: PrepareConfig, run: Run, *, source: Path, exclude: Path | None = None) -> None:
-    """Write `train` and, when a share is held out, `heldout`. Raises InputError, naming the row, for rows it cannot use."""
+def prepare(config: PrepareConfig, run: Run, *, source: Path, also: Path | None = None, exclude: Path | None = None) -> None:
+    """Write `train` and, when a share is held out, `heldout`: the rows of `source`, and then those of `also`, which may have
+    other columns. Raises InputError, naming the row, for rows it cannot use."""
+    sources = [source] if also is None else [source, also]
+    types = {} if also is None else _all_columns(sources)
     excluded = {_hash(row["prompt"]) for row in run.rows(exclude)} if exclude else set()
-    heldout_prompts = {_hash(row["prompt"]) for row in _rows(config, source, Counter()) if _held_out(config, row)}
+    heldout_prompts = {_hash(row["prompt"]) for row in _rows(config, sources, Counter()) if _held_out(config, row)}
 
     counts: Counter[str] = Counter()
-    train = RowWriter(run.output("train"))
-    heldout = RowWriter(run.output("heldout"))
-    for row in _rows(config, source, counts):
+    train = RowWriter(run.output("train"), types=types)
+    heldout = RowWriter(run.output("heldout"), types=types)
+    for row in _rows(config, sources, counts):
+        row = row | {name: None for name in types if name not in row}
         if _held_out(config, row):
             if config.max_heldout is not None and counts["held out"] >= config.max_heldout:
                 counts["held out beyond max_heldout, left out"] += 1
@@ -57,11 +64,24 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, exclude: Path | No
     run.log(0, {"rows_train": train.close(), "rows_heldout": heldout.close()})
 
 
-def _rows(config: PrepareConfig, source: Path, counts: Counter[str]) -> Iterator[Row]:
+def _all_columns(sources: Sequence[Path]) -> dict[str, pa.DataType]:
+    """The columns of several datasets. Raises InputError for one that is not yet prepared, or a column of two types."""
+    types: dict[str, pa.DataType] = {}
+    for folder in sources:
+        for field in read_schema(folder):
+            if types.setdefault(field.name, field.type) != field.type:
+                raise InputError(
+                    f'the column "{field.name}" holds {types[field.name]} in one dataset and {field.type} in the other: they '
+                    "cannot be one; leave it out of one of them in the step that prepares it"
+                )
+    return types
+
+
+def _rows(config: PrepareConfig, sources: Sequence[Path], counts: Counter[str]) -> Iterator[Row]:
     """Canonical rows after filters and de-duplication; what is left out is counted."""
     seen: set[str] = set()
     first: Row | None = None
-    for where, raw in read_source(source, config):
+    for where, raw in chain(*(read_source(source, config) for source in sources)):
         counts["read"] += 1
         try:
             row = _canonical(config, raw, where)
@@ -100,6 +120,7 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     if config.system and not isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "system", "content": config.system}, *row["prompt"]]
+    row |= config.constants
     if config.extract == "gsm8k":
         row["answer"] = _gsm8k_answer(row, where)
     row = in_form(row, config.form, where)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stages.data import chain_sum
+from stages.data import chain_sum, lists
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,6 @@ PROCEDURAL: dict[str, Source] = {
     "chain-sum/base": Source(chain_sum.base_rows, chain_sum.VERSION),
     "chain-sum/demonstrations": Source(chain_sum.demonstration_rows, chain_sum.VERSION),
     "chain-sum/prompts": Source(chain_sum.prompt_rows, chain_sum.VERSION),
+    "lists/demonstrations": Source(lists.demonstration_rows, lists.VERSION),
+    "lists/prompts": Source(lists.prompt_rows, lists.VERSION),
 }

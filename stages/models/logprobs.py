@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,27 +44,12 @@ class TokenLogProbs(nn.Module):
         self, hidden_BTH: torch.Tensor, batch: TokenBatch, temperature: float, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from the backbone's last hidden states."""
-        where = batch.target_BT[:, 1:].bool()
-        hidden_NH, ids_N = hidden_BTH[:, :-1][where], batch.ids_BT[:, 1:][where]
-        found_2BT = torch.zeros((2, *batch.ids_BT.shape), dtype=torch.float32, device=ids_N.device)
-        if ids_N.numel() == 0:
-            # Zeros that still reach every parameter: DDP waits for the gradient of each, the head's too.
-            found_2BT = found_2BT + 0.0 * self._head(hidden_BTH[:, 0], batch.ids_BT[:, 0], temperature, entropy).sum()
-            return found_2BT[0], found_2BT[1]
-        chunk = max(1, CHUNK_ELEMENTS // self.model.config.get_text_config().vocab_size)
-        parts = list(zip(hidden_NH.split(chunk), ids_N.split(chunk), strict=True))
-        recompute = len(parts) > 1 and torch.is_grad_enabled()
-        found_2N = torch.cat(
-            [
-                checkpoint(self._head, hidden, ids, temperature, entropy, use_reentrant=False)
-                if recompute
-                else self._head(hidden, ids, temperature, entropy)
-                for hidden, ids in parts
-            ],  # pyright: ignore[reportArgumentType]
-            dim=1,
-        )
-        found_2BT[:, :, 1:] = found_2BT[:, :, 1:].masked_scatter(where, found_2N)
-        return found_2BT[0], found_2BT[1]
+
+        def head(ids_N: torch.Tensor, hidden_NH: torch.Tensor) -> torch.Tensor:
+            return self._head(hidden_NH, ids_N, temperature, entropy)
+
+        logp_BT, entropy_BT = heads_at_targets(head, 2, vocabulary(self.model), batch, hidden_BTH)
+        return logp_BT, entropy_BT
 
     def _head(self, hidden_NH: torch.Tensor, ids_N: torch.Tensor, temperature: float, entropy: bool) -> torch.Tensor:
         """Log-probs and entropies, stacked."""
@@ -71,6 +57,32 @@ class TokenLogProbs(nn.Module):
         logits_NV = logits_NV / temperature if temperature != 1.0 else logits_NV
         logp_N = -F.cross_entropy(logits_NV, ids_N, reduction="none")
         return torch.stack([logp_N, entropy_BT(logits_NV) if entropy else torch.zeros_like(logp_N)])
+
+
+def heads_at_targets(
+    head: Callable[..., torch.Tensor], count: int, vocabulary: int, batch: TokenBatch, *hidden_BTH: torch.Tensor
+) -> torch.Tensor:
+    """numbers_KBT: float32, K (`count`) of each target, 0 elsewhere, from the hidden states before it.
+
+    `head(ids_N, *hidden_NH)` gives numbers_KN, of chunks of targets that are recomputed in the backward pass.
+    """
+    where = batch.target_BT[:, 1:].bool()
+    ids_N = batch.ids_BT[:, 1:][where]
+    found_KBT = torch.zeros((count, *batch.ids_BT.shape), dtype=torch.float32, device=ids_N.device)
+    if ids_N.numel() == 0:
+        # Zeros that still reach every parameter: DDP waits for the gradient of each, the head's too.
+        return found_KBT + 0.0 * head(batch.ids_BT[:, 0], *(one_BTH[:, 0] for one_BTH in hidden_BTH)).sum()
+    chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+    parts = list(zip(*(values.split(chunk) for values in (ids_N, *(one[:, :-1][where] for one in hidden_BTH))), strict=True))
+    recompute = len(parts) > 1 and torch.is_grad_enabled()
+    found = [checkpoint(head, *part, use_reentrant=False) if recompute else head(*part) for part in parts]
+    found_KBT[:, :, 1:] = found_KBT[:, :, 1:].masked_scatter(where, torch.cat(found, dim=1))  # pyright: ignore[reportArgumentType]
+    return found_KBT
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens a model has logits for."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def head_logits(model: PreTrainedModel, hidden_NH: torch.Tensor) -> torch.Tensor:
@@ -94,9 +106,9 @@ def check_log_probs(model: PreTrainedModel, packed: bool) -> None:
     Raises InputError for a family whose head scales its logits in a way not known here, or whose attention does not keep
     packed sequences apart: both would train on wrong numbers without a sign of it.
     """
-    vocabulary, was_training = model.config.get_text_config().vocab_size, model.training
+    size, was_training = vocabulary(model), model.training
     model.eval()
-    sequences = [np.arange(3, 10) % vocabulary, np.arange(7, 12) % vocabulary]
+    sequences = [np.arange(3, 10) % size, np.arange(7, 12) % size]
     expected = []
     for ids in sequences:
         ids_1T = torch.from_numpy(ids)[None].to(model.device)

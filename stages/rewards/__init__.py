@@ -19,6 +19,8 @@ REWARDS: dict[str, RewardEntry] = {
     "reward_model": RewardEntry("stages.rewards.learned:learned", version=1, port="reward_model"),
     "safety_model": RewardEntry("stages.rewards.learned:learned", version=1, port="safety_model"),
     "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=2, columns=("problem", "answer")),
+    "lists_helpful": RewardEntry("stages.rewards.lists:helpful", version=1, columns=("problem",)),
+    "lists_harmless": RewardEntry("stages.rewards.lists:harmless", version=1),
 }
 
 

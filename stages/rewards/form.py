@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from stages.rewards.base import Row, Score
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+LAST = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+THINK = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 WHOLE = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
 
 
@@ -22,3 +24,17 @@ def well_formed(completion: str) -> bool:
     found = WHOLE.fullmatch(completion)
     once = all(completion.count(tag) == 1 for tag in TAGS)
     return bool(found and once and found[1].strip() and found[2].strip())
+
+
+def final_part(completion: str) -> str:
+    """What a reader is shown: the last answer without its tags or, where there are none, what follows the thinking."""
+    if found := LAST.findall(completion):
+        return found[-1].strip()
+    _, closed, after = completion.rpartition("</think>")
+    return "" if "<think>" in completion and not closed else after.strip()
+
+
+def thinking(completion: str) -> str:
+    """The text between the first pair of thinking tags; all that follows the first one when it is not closed."""
+    found = THINK.search(completion)
+    return found[1] if found else ""

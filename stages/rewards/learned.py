@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,9 +12,8 @@ import torch
 from stages.errors import InputError
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, score_rows
 from stages.rewards.base import Row, Score
+from stages.rewards.form import final_part
 from stages.specs.common import WeightedReward
-
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 
 
 def learned(
@@ -41,12 +39,8 @@ def learned(
 
 def _shown(completion: str, row: Row) -> tuple[str, str | None]:
     """The final answer of a completion, and how it ended."""
-    if found := ANSWER.findall(completion):
-        complete = completion.rstrip().endswith("</answer>")
-        return found[-1].strip(), "stop" if complete else row.get("finish")
-    _, closed, after = completion.rpartition("</think>")
-    thinking = "<think>" in completion and not closed
-    return "" if thinking else after.strip(), row.get("finish")
+    complete = completion.rstrip().endswith("</answer>")
+    return final_part(completion), "stop" if complete else row.get("finish")
 
 
 def load_judges(

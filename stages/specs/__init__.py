@@ -1,10 +1,11 @@
 """The stages by name, as the orchestrating side sees them: no torch here."""
 
-from stages.specs import evaluate, grpo, label, ppo, prepare, reward_model, sample, sft
+from stages.specs import distill, evaluate, grpo, label, ppo, prepare, rejection, reward_model, sample, sft
 from stages.specs.base import Config, Port, StageSpec
 
 STAGES: dict[str, StageSpec] = {
-    module.SPEC.name: module.SPEC for module in (prepare, sft, sample, label, reward_model, ppo, grpo, evaluate)
+    module.SPEC.name: module.SPEC
+    for module in (prepare, sft, sample, label, rejection, reward_model, ppo, grpo, distill, evaluate)
 }
 
 __all__ = ["STAGES", "Config", "Port", "StageSpec"]

@@ -47,7 +47,7 @@ class EvaluateConfig(Config):
 
 SPEC = StageSpec(
     name="evaluate",
-    version=1,
+    version=2,
     config=EvaluateConfig,
     inputs={
         "policy": Port("model"),
@@ -57,5 +57,5 @@ SPEC = StageSpec(
         "reward_model": Port("model", required=False),
     },
     outputs={"generations": "dataset"},
-    headline=("accuracy", "win_rate", "reward", "kl"),
+    headline=("accuracy", "win_rate", "reward", "rewards.format", "thinking", "kl"),
 )

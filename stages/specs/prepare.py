@@ -56,6 +56,11 @@ class PrepareConfig(Config):
     system: str | None = Field(
         default=None, title="System message", description="Put this system message before prompts made of messages."
     )
+    constants: dict[str, str] = Field(
+        default_factory=dict,
+        title="Constants",
+        description="Column: value; every row gets it, such as domain: general, by which rewards can then be chosen.",
+    )
     extract: Literal["none", "gsm8k"] = Field(
         default="none",
         title="Extract an answer",
@@ -97,7 +102,11 @@ SPEC = StageSpec(
     name="prepare",
     version=1,
     config=PrepareConfig,
-    inputs={"source": Port("dataset"), "exclude": Port("dataset", required=False)},
+    inputs={
+        "source": Port("dataset"),
+        "also": Port("dataset", required=False),
+        "exclude": Port("dataset", required=False),
+    },
     outputs={"train": "dataset", "heldout": "dataset"},
     headline=("rows_train", "rows_heldout"),
 )
