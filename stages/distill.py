@@ -66,13 +66,13 @@ def distill(
     steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / size))
     order = rows.order(config.seed, config.shuffle)
     prompts: list[Row] = []
-    if config.on == "student":
+    if config.source == "student":
         prompts = usable_prompts(run, train, student, [], config.student_sampling.max_new_tokens)
         order = RowOrder(len(prompts), config.seed, config.shuffle)
 
     def draw(step: int) -> Work:
         indices = order.take(step * size, size)
-        if config.on == "demonstrations":
+        if config.source == "demonstrations":
             return demonstration_work(rows, indices)
         return _drawn(config, accelerator, student, [prompts[place] for place in indices], step)
 

@@ -29,6 +29,7 @@ from stages.data.schemas import row_id
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
+from stages.rewards.form import as_shown
 from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed, uniforms
 from stages.run import Run
@@ -59,17 +60,28 @@ def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | 
     make = _pairs if config.form == "pairs" else _ranking
     types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
     train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
-    for group in _scored(run.rows(samples), scorer):
+    rows = run.rows(samples) if config.part == "completion" else _answers(run.rows(samples), counts)
+    for group in _scored(rows, scorer):
         for row in make(config, group, counts):
             (heldout if _held_out(config, row) else train).add(row)
-    rows = {"rows_train": train.close(), "rows_heldout": heldout.close()}
-    if not any(rows.values()):
+    made = {"rows_train": train.close(), "rows_heldout": heldout.close()}
+    if not any(made.values()):
         raise InputError(f"no preference came of the samples ({dict(counts)}): are there two completions a prompt that differ?")
-    if not rows["rows_train"]:
-        raise InputError(f"all {rows['rows_heldout']} preferences were held out: lower heldout, or sample more prompts")
+    if not made["rows_train"]:
+        raise InputError(f"all {made['rows_heldout']} preferences were held out: lower heldout, or sample more prompts")
     run.table("preferences", [{"what": what, "number": count} for what, count in counts.items()])
     agreement = 1 - counts["turned by noise"] / counts["pairs ordered"]
-    run.log(0, rows | {"ties": counts["ties"], "agreement": agreement})
+    run.log(0, made | {"ties": counts["ties"], "agreement": agreement})
+
+
+def _answers(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Row]:
+    """The samples as a reader is shown them, who does not see the thinking."""
+    for row in rows:
+        text, finish = as_shown(row["completion"], row.get("finish"))
+        if text:
+            yield row | {"completion": text, "finish": finish}
+        else:
+            counts["samples without an answer to show"] += 1
 
 
 def _held_out(config: LabelConfig, row: Row) -> bool:

@@ -34,6 +34,11 @@ def final_part(completion: str) -> str:
     return "" if "<think>" in completion and not closed else after.strip()
 
 
+def as_shown(completion: str, finish: str | None) -> tuple[str, str | None]:
+    """What a reader is shown, and how it ended: what was cut off after its answer was complete ended there."""
+    return final_part(completion), "stop" if completion.rstrip().endswith("</answer>") else finish
+
+
 def thinking(completion: str) -> str:
     """The text between the first pair of thinking tags; all that follows the first one when it is not closed."""
     found = THINK.search(completion)

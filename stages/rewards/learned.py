@@ -12,7 +12,7 @@ import torch
 from stages.errors import InputError
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, score_rows
 from stages.rewards.base import Row, Score
-from stages.rewards.form import final_part
+from stages.rewards.form import as_shown
 from stages.specs.common import WeightedReward
 
 
@@ -21,7 +21,7 @@ def learned(
     rows: Sequence[Row],
     *,
     model: RewardModel,
-    on: Literal["completion", "answer"] = "completion",
+    part: Literal["completion", "answer"] = "completion",
     max_tokens: int = 16384,
 ) -> list[Score | None]:
     """The model's reward of each completion; None for what does not fit in its context.
@@ -30,17 +30,12 @@ def learned(
     EOS, unless its answer was complete.
     """
     shown = [
-        _shown(text, row) if on == "answer" else (text, row.get("finish")) for text, row in zip(completions, rows, strict=True)
+        as_shown(text, row.get("finish")) if part == "answer" else (text, row.get("finish"))
+        for text, row in zip(completions, rows, strict=True)
     ]
     texts = [{"prompt": row["prompt"], "completion": text, "finish": end} for (text, end), row in zip(shown, rows, strict=True)]
     raw_B = score_rows(SequenceScores(model.model), model, texts, model.context, max_tokens)
     return [Score(float(one)) if np.isfinite(one) else None for one in model.rewards(raw_B)]
-
-
-def _shown(completion: str, row: Row) -> tuple[str, str | None]:
-    """The final answer of a completion, and how it ended."""
-    complete = completion.rstrip().endswith("</answer>")
-    return final_part(completion), "stop" if complete else row.get("finish")
 
 
 def load_judges(

@@ -13,7 +13,7 @@ from stages.specs.sft import SftConfig
 
 class DistillConfig(SftConfig):
     """Defaults are SFT's: DeepSeek-R1 (arXiv 2501.12948, 2.4) fine-tuned its students on the teacher's accepted outputs alone,
-    two epochs. With `forward_kl` or `reverse_kl` and `on: student` it is on-policy distillation (GKD, arXiv 2306.13649)."""
+    two epochs. With `forward_kl` or `reverse_kl` and `source: student` it is on-policy distillation (GKD, arXiv 2306.13649)."""
 
     objective: Literal["likelihood", "forward_kl", "reverse_kl"] = Field(
         default="likelihood",
@@ -21,21 +21,21 @@ class DistillConfig(SftConfig):
         description="likelihood: of the teacher's outputs, as SFT; forward_kl: KL(teacher || student) at each of their tokens; "
         "reverse_kl: KL(student || teacher). Both KLs need the teacher's checkpoint and its tokenizer.",
     )
-    on: Literal["demonstrations", "student"] = Field(
+    source: Literal["demonstrations", "student"] = Field(
         default="demonstrations",
-        title="Tokens",
+        title="Source",
         description="demonstrations: the teacher's accepted outputs; student: completions that the student draws anew in each "
         "step, to the demonstrations' prompts.",
     )
     student_sampling: Sampling = Field(
-        default_factory=Sampling, title="Student's sampling", description="on: student: how its completions are drawn."
+        default_factory=Sampling, title="Student's sampling", description="source: student: how its completions are drawn."
     )
 
     @model_validator(mode="after")
     def _possible(self) -> DistillConfig:
-        if self.on == "student" and self.objective == "likelihood":
+        if self.source == "student" and self.objective == "likelihood":
             raise ValueError(
-                "on: student needs objective forward_kl or reverse_kl: the likelihood of its own samples teaches nothing"
+                "source: student needs objective forward_kl or reverse_kl: the likelihood of its own samples teaches nothing"
             )
         return self
 

@@ -29,6 +29,11 @@ class LabelConfig(Config):
         title="Which pairs",
         description="all: every two completions of a prompt; extremes: the best against the worst alone.",
     )
+    part: Literal["completion", "answer"] = Field(
+        default="completion",
+        title="Part",
+        description="answer: the annotator, and the preferences, see only the final answer, not the thinking before it.",
+    )
     noise: float = Field(
         default=0.0,
         ge=0,

@@ -1,0 +1,288 @@
+"""DeepSeek-R1's road to a reasoning model (arXiv 2501.12948; rl4llm 6.6, 6.7), measured on held-out prompts after every policy.
+
+corpus -> base                                       only when the recipe makes its own base model
+base -> zero                                         R1-Zero: RL on rules alone, without a demonstration
+zero -> traces -> cold_start_data                    its few readable long answers, or a teacher's, or a dataset that is given
+base, cold_start_data -> cold_start
+cold_start -> reasoning                              RL with language consistency, in one or several outer iterations
+reasoning -> samples -> accepted                     rejection sampling from the converged checkpoint
+base, accepted + general_demonstrations -> sft       of the base model, not of the converged one
+sft -> answers -> labels -> helpful, harmless        two reward models for general prompts
+sft, prompts + general -> second                     RL with rules for reasoning and learned rewards for general prompts
+student, accepted -> distilled                       beside student_rl, the same RL run directly on the student (6.7.5)
+
+Every step can be left out, or entered from what is saved: an input named as the step stands for what it would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prefect import flow
+from pydantic import Field, model_validator
+
+from flows.iterations import iterate
+from flows.recipe import Recipe
+from flows.runner import Definition, run_pipeline
+from stages.artifacts import Kind
+from stages.specs.base import Config
+from stages.specs.distill import DistillConfig
+from stages.specs.evaluate import EvaluateConfig
+from stages.specs.grpo import GrpoConfig
+from stages.specs.label import LabelConfig
+from stages.specs.prepare import PrepareConfig
+from stages.specs.rejection import RejectionConfig
+from stages.specs.reward_model import RewardModelConfig
+from stages.specs.sample import SampleConfig
+from stages.specs.sft import SftConfig
+from tasks.execute import StepResult
+from tasks.pipeline import Outputs, Pipeline, Source
+
+# What a step may be replaced by.
+POLICIES = ("base", "zero", "cold_start", "reasoning", "sft", "second", "student_base", "helpful", "harmless")
+DATASETS = ("cold_start_data", "accepted")
+
+
+class R1Recipe(Recipe):
+    """Inputs: `model` (a base, or `init:` with the steps corpus and base), `student` likewise, `corpus`, `prompts`, `general`
+    and `general_demonstrations`; and, in place of a step of that name, a saved model or dataset."""
+
+    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
+        "model": "model",
+        "student": "model",
+        "corpus": "dataset",
+        "prompts": "dataset",
+        "general": "dataset",
+        "general_demonstrations": "dataset",
+        **dict.fromkeys(POLICIES, "model"),
+        **dict.fromkeys(DATASETS, "dataset"),
+    }
+
+    corpus: PrepareConfig | None = Field(
+        default=None, title="corpus", description="Prepares the corpus of base models made here."
+    )
+    base: SftConfig | None = Field(
+        default=None, title="base", description="Trains a base model on the corpus; left out when `model` is one."
+    )
+    prompts: PrepareConfig = Field(
+        title="prompts", description="Prepares the reasoning prompts; the held-out ones measure every policy."
+    )
+    zero: GrpoConfig | None = Field(default=None, title="zero", description="R1-Zero: RL on rules, from the base.")
+    traces: SampleConfig | None = Field(
+        default=None, title="traces", description="Draws the cold start's candidates from R1-Zero, else from the base."
+    )
+    cold_start_data: RejectionConfig | None = Field(
+        default=None, title="cold_start_data", description="Keeps the readable ones among the traces."
+    )
+    cold_start: SftConfig | None = Field(
+        default=None, title="cold_start", description="Fine-tunes the base on the cold start's data."
+    )
+    reasoning: GrpoConfig | None = Field(default=None, title="reasoning", description="RL on reasoning prompts.")
+    iterations: int = Field(
+        default=1,
+        ge=1,
+        title="Iterations",
+        description="Outer iterations of reasoning RL: each goes on from the last one's checkpoint, which is its reference.",
+    )
+    samples: SampleConfig | None = Field(
+        default=None, title="samples", description="Draws completions from the converged checkpoint."
+    )
+    accepted: RejectionConfig | None = Field(
+        default=None, title="accepted", description="Keeps those that are right and readable."
+    )
+    general: PrepareConfig | None = Field(
+        default=None, title="general", description="Prepares the general prompts, which no rule can judge."
+    )
+    general_demonstrations: PrepareConfig | None = Field(
+        default=None, title="general_demonstrations", description="Prepares the demonstrations mixed into the step sft."
+    )
+    sft: SftConfig | None = Field(
+        default=None, title="sft", description="Fine-tunes the base on the accepted samples and general demonstrations."
+    )
+    answers: SampleConfig | None = Field(
+        default=None, title="answers", description="Draws completions of the general prompts, to be compared."
+    )
+    helpful_labels: LabelConfig | None = Field(
+        default=None, title="helpful_labels", description="Who finds which answer more helpful."
+    )
+    helpful: RewardModelConfig | None = Field(default=None, title="helpful", description="Learns what is helpful.")
+    harmless_labels: LabelConfig | None = Field(
+        default=None, title="harmless_labels", description="Who finds which completion less harmful."
+    )
+    harmless: RewardModelConfig | None = Field(default=None, title="harmless", description="Learns what is harmless.")
+    second: GrpoConfig | None = Field(
+        default=None, title="second", description="RL on all prompts, with rules and learned rewards."
+    )
+    student_base: SftConfig | None = Field(
+        default=None, title="student_base", description="Trains the student's base on the corpus; left out when it is one."
+    )
+    distilled: DistillConfig | None = Field(
+        default=None, title="distilled", description="Teaches the student with the accepted samples."
+    )
+    student_rl: GrpoConfig | None = Field(
+        default=None, title="student_rl", description="The RL that the distilled student is compared with."
+    )
+    evaluate: EvaluateConfig = Field(title="evaluate", description="How every policy is measured on reasoning prompts.")
+    evaluate_general: EvaluateConfig | None = Field(
+        default=None, title="evaluate_general", description="How policies are measured on general prompts, from sft on."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> R1Recipe:
+        for name, others in NEEDS.items():
+            if getattr(self, name) is not None and name not in self.given():
+                missing = [one for one in others if getattr(self, one) is None and one not in self.given()]
+                if missing:
+                    raise ValueError(f"the step {name} needs {missing[0]}: a step of this name, or an input")
+        return self
+
+
+NEEDS = {
+    "base": ["corpus"],
+    "cold_start_data": ["traces"],
+    "cold_start": ["cold_start_data"],
+    "accepted": ["samples"],
+    "sft": ["accepted"],
+    "answers": ["general"],
+    "helpful_labels": ["answers"],
+    "harmless_labels": ["answers"],
+    "helpful": ["helpful_labels"],
+    "harmless": ["harmless_labels"],
+    "student_base": ["corpus"],
+    "distilled": ["accepted"],
+}
+
+
+@dataclass(frozen=True)
+class Road:
+    """A pipeline, its recipe, and the data that all of it is measured on."""
+
+    pipeline: Pipeline
+    recipe: R1Recipe
+    prompts: Outputs
+    general: Outputs | None
+
+    def made(self, name: str, make: Callable[[], Source]) -> Source:
+        """The input of a step's name, else what the step makes, else nothing. A policy is measured."""
+        given = self.pipeline.inputs.get(name)
+        return given if given is not None else make() if getattr(self.recipe, name) is not None else None
+
+    def measured(self, name: str, policy: Source) -> Source:
+        """Evaluate a policy, if there is one."""
+        recipe = self.recipe
+        if policy is not None:
+            self.pipeline.step(f"evaluate-{name}", "evaluate", recipe.evaluate, policy=policy, prompts=self.prompts["heldout"])
+        if policy is not None and self.general is not None and recipe.evaluate_general and name in ("sft", "second"):
+            prompts = self.general["heldout"]
+            self.pipeline.step(f"general-{name}", "evaluate", recipe.evaluate_general, policy=policy, prompts=prompts)
+        return policy
+
+    def step(self, name: str, stage: str, output: str, **sources: Source) -> Source:
+        """The output of the step of a name."""
+        config: Config = getattr(self.recipe, name)
+        return self.pipeline.step(name, stage, config, **sources)[output]
+
+
+def steps(pipeline: Pipeline, recipe: R1Recipe) -> None:
+    """The steps in order."""
+    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))
+    heldout, general, corpus = prompts["heldout"], None, None
+    if recipe.general is not None:
+        general = pipeline.step("general", "prepare", recipe.general, source=pipeline.input("general"))
+    if recipe.corpus is not None:
+        corpus = pipeline.step("corpus", "prepare", recipe.corpus, source=pipeline.input("corpus"), exclude=heldout)
+    road = Road(pipeline, recipe, prompts, general)
+
+    base = _base(road, "base", "model", corpus)
+    zero = road.measured("zero", road.made("zero", lambda: _grpo(road, "zero", base)))
+    cold_start = road.measured("cold_start", _cold_start(road, base, zero))
+    start = cold_start or zero or base
+    reasoning = road.measured("reasoning", road.made("reasoning", lambda: _grpo(road, "reasoning", start, recipe.iterations)))
+    accepted = road.made("accepted", lambda: _accepted(road, reasoning or start))
+    sft = road.measured("sft", road.made("sft", lambda: _sft(road, base, accepted)))
+    second = road.measured("second", road.made("second", lambda: _second(road, sft or reasoning or start)))
+    if recipe.distilled is not None or recipe.student_rl is not None:
+        _student(road, corpus, accepted, second or sft or reasoning)
+
+
+def _base(road: Road, step: str, model: str, corpus: Outputs | None) -> Source:
+    """A base model that is given, or made here of the corpus."""
+
+    def train() -> Source:
+        assert corpus is not None
+        parts = {"train": corpus["train"], "heldout": corpus["heldout"]}
+        return road.step(step, "sft", "checkpoint", model=road.pipeline.input(model), **parts)
+
+    return road.measured(step, road.made(step, train) or road.pipeline.input(model))
+
+
+def _grpo(road: Road, name: str, policy: Source, iterations: int = 1, **more: Source) -> Source:
+    given = {"prompts": road.prompts["train"], **more}
+    return iterate(road.pipeline, name, getattr(road.recipe, name), iterations, policy, given)
+
+
+def _cold_start(road: Road, base: Source, zero: Source) -> Source:
+    def data() -> Source:
+        traces = road.step("traces", "sample", "samples", policy=zero or base, prompts=road.prompts["train"])
+        return road.step("cold_start_data", "rejection", "train", samples=traces)
+
+    rows = road.made("cold_start_data", data)
+    return road.made("cold_start", lambda: road.step("cold_start", "sft", "checkpoint", model=base, train=rows))
+
+
+def _accepted(road: Road, policy: Source) -> Source:
+    samples = road.step("samples", "sample", "samples", policy=policy, prompts=road.prompts["train"])
+    return road.step("accepted", "rejection", "train", samples=samples)
+
+
+def _sft(road: Road, base: Source, accepted: Source) -> Source:
+    recipe, pipeline, rows = road.recipe, road.pipeline, accepted
+    if recipe.general_demonstrations is not None:
+        exclude = None if road.general is None else road.general["heldout"]
+        source = pipeline.input("general_demonstrations")
+        others = pipeline.step(
+            "general_demonstrations", "prepare", recipe.general_demonstrations, source=source, exclude=exclude
+        )
+        rows = pipeline.step("sft_data", "prepare", PrepareConfig(), source=accepted, also=others["train"])["train"]
+    return road.step("sft", "sft", "checkpoint", model=base, train=rows)
+
+
+def _second(road: Road, policy: Source) -> Source:
+    """RL on reasoning and general prompts, with the reward models that its rewards name."""
+    pipeline, prompts, answers = road.pipeline, road.prompts["train"], None
+    if road.general is not None:
+        prompts = pipeline.step("mixed", "prepare", PrepareConfig(), source=prompts, also=road.general["train"])["train"]
+        if road.recipe.answers is not None:
+            answers = road.step("answers", "sample", "samples", policy=policy, prompts=road.general["train"])
+    helpful, harmless = (
+        road.made(name, lambda name=name: _judge(road, name, policy, answers)) for name in ("helpful", "harmless")
+    )
+    return _grpo(road, "second", policy, prompts=prompts, reward_model=helpful, safety_model=harmless)
+
+
+def _judge(road: Road, name: str, policy: Source, answers: Source) -> Source:
+    labels = road.pipeline.step(f"{name}_labels", "label", getattr(road.recipe, f"{name}_labels"), samples=answers)
+    parts = {"train": labels["train"], "heldout": labels["heldout"]}
+    return road.step(name, "reward_model", "checkpoint", model=policy, **parts)
+
+
+def _student(road: Road, corpus: Outputs | None, accepted: Source, teacher: Source) -> None:
+    """Distillation beside RL, from the same student."""
+    recipe, student = road.recipe, _base(road, "student_base", "student", corpus)
+    if recipe.distilled is not None:
+        asked = teacher if recipe.distilled.objective != "likelihood" else None
+        distilled = road.step("distilled", "distill", "checkpoint", model=student, train=accepted, teacher=asked)
+        road.measured("distilled", distilled)
+    if recipe.student_rl is not None:
+        road.measured("student_rl", _grpo(road, "student_rl", student))
+
+
+@flow(name="r1", flow_run_name="{recipe.name}", persist_result=False)
+def r1(recipe: R1Recipe, from_step: str | None = None) -> list[StepResult]:
+    """Run the pipeline; `from_step` recomputes that step and what follows from it."""
+    return run_pipeline(recipe, steps, from_step)
+
+
+DEFINITION = Definition(R1Recipe, r1, steps)
