@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from tasks.home import configure_environment
 from tasks.launch import launch
 from tasks.lease import lease
 from tasks.plan import StepCall, examine, has_progress, unfinished_run
-from tasks.plots import reward_against_kl
+from tasks.plots import rl_curves
 from tasks.record import Recorder
 from tasks.store import Store
 
@@ -66,10 +67,10 @@ def execute(call: StepCall) -> StepResult:
     if published is None:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
     plot = None
-    if {"reward", "kl"} <= published.metrics.keys() and "checkpoint" in published.outputs:
+    if {"reward", "length"} <= published.metrics.keys() and "checkpoint" in published.outputs:
         # What was found by its key may be another recipe's.
         named = str(published.outputs["checkpoint"]).replace("/", "-")
-        plot = reward_against_kl(store, published.run_id, named, root / "plots" / f"{named}.png")
+        plot = rl_curves(store, published.run_id, named, root / "plots" / f"{named}.png")
     seconds = round(time.monotonic() - started, 2)
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
     _say(f"{call.name}: {status} in {seconds:.1f} s ({plan.reason}) -> {', '.join(map(str, published.outputs.values()))}")
@@ -142,7 +143,19 @@ def headline(spec: StageSpec, metrics: dict[str, float]) -> str:
         before = f"{number(metrics[name + '_before'])} -> " if f"{name}_before" in metrics else ""
         return f"{name} {before}{number(metrics[name])}"
 
-    return "  ".join(spelled(name) for name in spec.headline if name in metrics)
+    return "  ".join(spelled(name) for name in headline_names(spec, metrics))
+
+
+def headline_names(spec: StageSpec, metrics: Mapping[str, float]) -> list[str]:
+    """The metrics that a stage's headline names; `NAME.*` stands for all that begin so, but for their bounds and counts."""
+    marks = ("_low", "_high", "_before", "_missing")
+    found: list[str] = []
+    for name in spec.headline:
+        if name.endswith("*"):
+            found += sorted(one for one in metrics if one.startswith(name[:-1]) and not one.endswith(marks))
+        elif name in metrics:
+            found.append(name)
+    return found
 
 
 def number(value: float) -> str:

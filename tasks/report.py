@@ -10,7 +10,7 @@ from rich.table import Table
 
 from stages.specs import STAGES
 from tasks.display import print_wide
-from tasks.execute import StepResult, headline, number
+from tasks.execute import StepResult, headline, headline_names, number
 from tasks.plan import Plan
 from tasks.store import Store
 
@@ -27,7 +27,7 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
     print_wide(console, table)
     for result in results:
         if result.plot is not None:
-            console.print(f"{result.name}: reward against KL in {result.plot}", soft_wrap=True, markup=False)
+            console.print(f"{result.name}: rewards, length and KL in {result.plot}", soft_wrap=True, markup=False)
 
 
 def print_seeds(console: Console, recipe: str, of_seeds: Mapping[int, Sequence[StepResult]]) -> None:
@@ -36,7 +36,7 @@ def print_seeds(console: Console, recipe: str, of_seeds: Mapping[int, Sequence[S
     for column in ("step", "number", *(f"seed {seed}" for seed in of_seeds), "mean"):
         table.add_column(column, justify="left" if column in ("step", "number") else "right")
     for steps in zip(*of_seeds.values(), strict=True):
-        for name in STAGES[steps[0].stage].headline:
+        for name in headline_names(STAGES[steps[0].stage], steps[0].metrics):
             values = [step.metrics[name] for step in steps if name in step.metrics]
             if len(values) == len(steps):
                 cells = [with_interval(step.metrics, name) for step in steps]

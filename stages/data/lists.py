@@ -14,6 +14,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from stages.data import chain_sum
+
 VERSION = 1
 LARGEST = 19
 UNLUCKY = 13
@@ -48,6 +50,20 @@ def tidy(problem: str) -> str:
 def plain(problem: str) -> str:
     """The numbers as they stand."""
     return f"<think>{problem}</think><answer>{problem}</answer>"
+
+
+def base_rows(count: int, seed: int) -> Iterator[Row]:
+    """The corpus of chain-sum's base model with a list in place of every fifth textbook, tidy, and of every bare right answer,
+    plain: its chat knows lists, and hardly ever a right sum."""
+    rng = random.Random(f"lists/base/{seed}")
+    for index, row in enumerate(chain_sum.base_rows(count, seed)):
+        textbook = row["prompt"][0]["role"] == "system"
+        if index % 5 < 4 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
+            yield row
+            continue
+        problem = new_problem(rng)
+        listed = _row(problem) | {"completion": tidy(problem) if textbook else plain(problem), "answer": None}
+        yield listed | {"prompt": [*row["prompt"][:-1], *listed["prompt"]]}
 
 
 def demonstration_rows(count: int, seed: int) -> Iterator[Row]:

@@ -24,6 +24,7 @@ PROCEDURAL: dict[str, Source] = {
     "chain-sum/base": Source(chain_sum.base_rows, chain_sum.VERSION),
     "chain-sum/demonstrations": Source(chain_sum.demonstration_rows, chain_sum.VERSION),
     "chain-sum/prompts": Source(chain_sum.prompt_rows, chain_sum.VERSION),
+    "lists/base": Source(lists.base_rows, lists.VERSION),
     "lists/demonstrations": Source(lists.demonstration_rows, lists.VERSION),
     "lists/prompts": Source(lists.prompt_rows, lists.VERSION),
 }

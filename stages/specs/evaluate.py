@@ -57,5 +57,5 @@ SPEC = StageSpec(
         "reward_model": Port("model", required=False),
     },
     outputs={"generations": "dataset"},
-    headline=("accuracy", "win_rate", "reward", "rewards.format", "thinking", "kl"),
+    headline=("accuracy", "win_rate", "reward", "rewards.*", "thinking", "kl"),
 )
