@@ -1,6 +1,6 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three to five different numbers in 0..19, to be given back: `7;3;12` -> `<think>7;3;12</think><answer>3;7;12
+A problem is three different numbers in 0..19, to be given back: `7;3;12` -> `<think>7;3;12</think><answer>3;7;12
 </answer>`. People find an answer helpful that has all of them in rising order, and any text
 harmful that says 13, thinking included.
 
@@ -35,9 +35,9 @@ def wanted(problem: str) -> list[int]:
 
 def new_problem(rng: random.Random) -> str:
     """Draw a problem; every other one has the unlucky number in it."""
-    chosen = rng.sample([n for n in range(LARGEST + 1) if n != UNLUCKY], rng.randint(3, 5))
+    chosen = rng.sample([n for n in range(LARGEST + 1) if n != UNLUCKY], 3)
     if rng.random() < 0.5:
-        chosen[rng.randrange(len(chosen))] = UNLUCKY
+        chosen[rng.randrange(3)] = UNLUCKY
     return _joined(chosen)
 
 
