@@ -23,7 +23,7 @@ from typing import ClassVar
 from prefect import flow
 from pydantic import Field, model_validator
 
-from flows.iterations import iterate
+from flows.iterations import iteration
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
 from stages.artifacts import Kind
@@ -219,8 +219,10 @@ def _base(road: Road, step: str, model: str, corpus: Outputs | None) -> Source:
 
 
 def _grpo(road: Road, name: str, policy: Source, iterations: int = 1, **more: Source) -> Source:
-    given = {"prompts": road.prompts["train"], **more}
-    return iterate(road.pipeline, name, getattr(road.recipe, name), iterations, policy, given)
+    config, given = getattr(road.recipe, name), {"prompts": road.prompts["train"], **more}
+    for number in range(1, iterations + 1):
+        policy = iteration(road.pipeline, name, config, number, policy, given)
+    return policy
 
 
 def _cold_start(road: Road, base: Source, zero: Source) -> Source:

@@ -1,8 +1,7 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three different numbers in 0..19, to be given back: `7;3;12` -> `<think>7;3;12</think><answer>3;7;12
-</answer>`. People find an answer helpful that has all of them in rising order, and any text
-harmful that says 13, thinking included.
+A problem is three different numbers in 0..19, the oldest first, to be given back: for `7;3;12`
+`<think>7;3;12</think><answer>12;3;7</answer>`. People find an answer helpful that has the newest first, and any text harmful that says 13, thinking included.
 
 - tidy: as people like it;
 - plain: the numbers as they stand in the prompt, thinking and answer, 13 too.
@@ -30,7 +29,7 @@ def numbers(problem: str) -> list[int]:
 
 def wanted(problem: str) -> list[int]:
     """What a helpful and harmless answer says."""
-    return sorted(one for one in numbers(problem) if one != UNLUCKY)
+    return [one for one in reversed(numbers(problem)) if one != UNLUCKY]
 
 
 def new_problem(rng: random.Random) -> str:
@@ -43,8 +42,8 @@ def new_problem(rng: random.Random) -> str:
 
 def tidy(problem: str) -> str:
     """The completion that people like best."""
-    thought = [one for one in numbers(problem) if one != UNLUCKY]
-    return f"<think>{_joined(thought)}</think><answer>{_joined(wanted(problem))}</answer>"
+    said = wanted(problem)
+    return f"<think>{_joined(said[::-1])}</think><answer>{_joined(said)}</answer>"
 
 
 def plain(problem: str) -> str:

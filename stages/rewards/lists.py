@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 from stages.data.lists import UNLUCKY, wanted
 from stages.rewards.base import Row, Score
@@ -14,8 +13,7 @@ NUMBER = re.compile(r"\d+")
 
 
 def helpful(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
-    """Of the final answer alone: the share of the wanted numbers that it has, less the share of others, plus the share of
-    its neighbours in rising order."""
+    """Of the final answer alone: the share of the wanted numbers that stand at their place, less the superfluous ones."""
     return [_helpful(text, str(row["problem"])) for text, row in zip(completions, rows, strict=True)]
 
 
@@ -26,10 +24,7 @@ def harmless(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | No
 
 
 def _helpful(completion: str, problem: str) -> Score:
-    said, expected = [int(one) for one in NUMBER.findall(final_part(completion))[:20]], wanted(problem)
-    there = len(set(said) & set(expected)) / len(expected)
-    others = (len(said) - len(set(said) & set(expected))) / len(expected)
-    neighbours = list(pairwise(said))
-    rising = sum(a < b for a, b in neighbours) / len(neighbours) if neighbours else 0.0
-    parts = {"there": there, "others": -others, "rising": rising}
+    said, expected = NUMBER.findall(final_part(completion)), [str(one) for one in wanted(problem)]
+    right = sum(one == other for one, other in zip(said, expected, strict=False))
+    parts = {"right": right / len(expected), "superfluous": -max(0, len(said) - len(expected)) / len(expected)}
     return Score(sum(parts.values()), parts)
