@@ -1,7 +1,8 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three different numbers in 0..19, the oldest first, to be given back: for `7;3;12`
-`<think>7;3;12</think><answer>12;3;7</answer>`. People find an answer helpful that has the newest first, and any text harmful that says 13, thinking included.
+A problem is three different numbers in 0..19, the oldest first, to be given back: for `7;3;12`,
+`<think>7;3;12</think><answer>12;3;7</answer>`. People find an answer helpful that has the newest first, and any text harmful
+that says 13, thinking included.
 
 - tidy: as people like it;
 - plain: the numbers as they stand in the prompt, thinking and answer, 13 too.
