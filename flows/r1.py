@@ -230,8 +230,10 @@ def _cold_start(road: Road, base: Source, zero: Source) -> Source:
         traces = road.step("traces", "sample", "samples", policy=zero or base, prompts=road.prompts["train"])
         return road.step("cold_start_data", "rejection", "train", samples=traces)
 
-    rows = road.made("cold_start_data", data)
-    return road.made("cold_start", lambda: road.step("cold_start", "sft", "checkpoint", model=base, train=rows))
+    def tune() -> Source:
+        return road.step("cold_start", "sft", "checkpoint", model=base, train=road.made("cold_start_data", data))
+
+    return road.made("cold_start", tune)
 
 
 def _accepted(road: Road, policy: Source) -> Source:
