@@ -1,8 +1,8 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three different numbers in 0..19, the oldest first, to be given back: for `7;3;12`,
-`<think>7;3;12</think><answer>12;3;7</answer>`. People find an answer helpful that has the newest first, and any text harmful
-that says 13, thinking included.
+A problem is two different numbers in 0..19, the older first, to be given back: for `7;3`,
+`<think>7;3</think><answer>3;7</answer>`. People find an answer helpful that has the newer first, and any text harmful that says
+13, thinking included.
 
 - tidy: as people like it;
 - plain: the numbers as they stand in the prompt, thinking and answer, 13 too.
@@ -34,10 +34,10 @@ def wanted(problem: str) -> list[int]:
 
 
 def new_problem(rng: random.Random) -> str:
-    """Draw a problem; every other one has the unlucky number in it."""
-    chosen = rng.sample([n for n in range(LARGEST + 1) if n != UNLUCKY], 3)
-    if rng.random() < 0.5:
-        chosen[rng.randrange(3)] = UNLUCKY
+    """Draw a problem; three in ten have the unlucky number in them."""
+    chosen = rng.sample([n for n in range(LARGEST + 1) if n != UNLUCKY], 2)
+    if rng.random() < 0.3:
+        chosen[rng.randrange(2)] = UNLUCKY
     return _joined(chosen)
 
 
