@@ -31,8 +31,8 @@ KIND = tuple(name for name in CANONICAL if name not in ("id", "prompt", "margin"
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
     "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
-    "answer are enclosed within <think>...</think> and <answer>...</answer> tags, respectively, i.e., <think> reasoning process "
-    "here </think><answer> answer here </answer>.\nUser: {prompt}. Assistant:"
+    "answer are enclosed within <think>...</think> and <answer>...</answer> tags, respectively, i.e., <think> reasoning "
+    "process here </think><answer> answer here </answer>.\nUser: {prompt}. Assistant:"
 )
 GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 
