@@ -19,6 +19,8 @@ def form(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
 
 def well_formed(completion: str) -> bool:
     """Whether a completion has the form."""
+    # First, because with a tag that comes many times the pattern would try every pair of them.
+    if any(completion.count(tag) != 1 for tag in TAGS):
+        return False
     found = WHOLE.fullmatch(completion)
-    once = all(completion.count(tag) == 1 for tag in TAGS)
-    return bool(found and once and found[1].strip() and found[2].strip())
+    return bool(found and found[1].strip() and found[2].strip())
