@@ -15,7 +15,7 @@ from stages.models.reward import RewardModel, SequenceScores, check_scores, load
 from stages.rewards.base import Row, Score
 from stages.specs.common import WeightedReward
 
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL)
 
 
 def learned(
@@ -41,12 +41,13 @@ def learned(
 
 def _shown(completion: str, row: Row) -> tuple[str, str | None]:
     """The final answer of a completion, and how it ended."""
-    if found := ANSWER.findall(completion):
-        complete = completion.rstrip().endswith("</answer>")
-        return found[-1].strip(), "stop" if complete else row.get("finish")
-    _, closed, after = completion.rpartition("</think>")
-    thinking = "<think>" in completion and not closed
-    return "" if thinking else after.strip(), row.get("finish")
+    after = completion.rpartition("</think>")[2]
+    if "<think>" in after.partition("<answer>")[0]:  # still thinking
+        return "", row.get("finish")
+    if found := ANSWER.findall(after):
+        text, closed = found[-1]
+        return text.strip(), "stop" if closed else row.get("finish")
+    return after.strip(), row.get("finish")
 
 
 def load_judges(
