@@ -36,7 +36,7 @@ BAD = {
     "the answer does not open": "<think>a</think>b</answer>",
     "the last bracket is missing": "<think>a</think><answer>b</answer",
     "thinking twice": "<think>a</think><think>a</think><answer>b</answer>",
-    "an answer twice": "<think>a</think><answer>b</answer><answer>b</answer>",
+    "an answer twice": "<think>a</think><answer>b</answer><answer>c</answer>",
     "both twice": "<think>a</think><answer>b</answer>" * 2,
     "the opening tag twice": "<think><think>a</think><answer>b</answer>",
     "the closing tag twice": "<think>a</think></think><answer>b</answer>",
