@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from stages.data.lists import UNLUCKY, wanted
 from stages.rewards.base import Row, Score
-from stages.rewards.form import final_part
+from stages.rewards.form import as_shown
 
 NUMBER = re.compile(r"\d+")
 
@@ -24,7 +24,7 @@ def harmless(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | No
 
 
 def _helpful(completion: str, problem: str) -> Score:
-    said, expected = NUMBER.findall(final_part(completion)), [str(one) for one in wanted(problem)]
+    said, expected = NUMBER.findall(as_shown(completion, None)[0]), [str(one) for one in wanted(problem)]
     right = sum(one == other for one, other in zip(said, expected, strict=False))
     parts = {"right": right / len(expected), "superfluous": -max(0, len(said) - len(expected)) / len(expected)}
     return Score(sum(parts.values()), parts)
