@@ -197,10 +197,7 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
     if loop.one_update and loop.reference is None:
         return
     # The first pass's own micro-batches, so that its ratios are exactly 1: batches of another shape differ in last bits.
-    passes = [
-        members[run_B[members]]
-        for members in groups.group_minibatches(rollouts, loop.config.minibatches, loop.config.seed, at.step, epoch=0)
-    ]
+    passes = [members[run_B[members]] for members in groups.minibatches(loop.config, rollouts, at.step, epoch=0)]
     batches = [batch for indices in [*passes, np.flatnonzero(~run_B)] for batch in _share(loop, rollouts, indices)]
     temperature = loop.config.sampling.temperature
     rollouts.tokens["logp"] = torch.tensor([one for sample in rollouts.samples for one in sample.completion.logps])
@@ -216,11 +213,11 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
 def _update(loop: Loop, rollouts: Rollouts, step: int) -> dict[str, float]:
     """Passes over a step's completions; the means of what the updates measured."""
     config, meter, norms = loop.config, Meter(), Counter[str]()
-    counted_B, run_B = groups.counted(config, rollouts), groups.taught(config, rollouts)
+    run_B = groups.taught(config, rollouts)
     for epoch in range(config.epochs):
-        for members in groups.group_minibatches(rollouts, config.minibatches, config.seed, step, epoch):
+        for members in groups.minibatches(config, rollouts, step, epoch):
             chosen = members[run_B[members]]
-            totals = groups.Totals(config, rollouts, members[counted_B[members]], chosen)
+            totals = groups.Totals(config, rollouts, members, chosen)
             measured = optimization_step(
                 loop.accelerator,
                 loop.module,

@@ -24,13 +24,6 @@ def by_group(rollouts: Rollouts, indices: np.ndarray) -> list[np.ndarray]:
     return [indices[groups_B == group] for group in np.unique(groups_B)]
 
 
-def group_minibatches(rollouts: Rollouts, count: int, seed: int, step: int, epoch: int) -> list[np.ndarray]:
-    """The completions of each minibatch of one pass: whole groups, in a seeded order."""
-    groups_B = rollouts.groups_B
-    order = np.random.default_rng([seed, step, epoch]).permutation(int(groups_B.max()) + 1)
-    return [np.flatnonzero(np.isin(groups_B, groups)) for groups in np.array_split(order, count)]
-
-
 def ordered_pairs(reward_G: torch.Tensor) -> int:
     """How many pairs of a group's rewards have an order."""
     return int((reward_G[:, None] > reward_G[None, :]).sum())
@@ -55,6 +48,14 @@ def counted(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
     if config.truncation.how == "mask":
         counted_B &= ~rollouts.truncated_B
     return counted_B & with_spread(rollouts) if config.refill.rounds else counted_B
+
+
+def minibatches(config: GrpoConfig, rollouts: Rollouts, step: int, epoch: int) -> list[np.ndarray]:
+    """The counted completions by minibatch of one pass: equally many groups in each, all of a group in one, in a seeded
+    order."""
+    counted_B, groups_B = counted(config, rollouts), rollouts.groups_B
+    order = np.random.default_rng([config.seed, step, epoch]).permutation(np.unique(groups_B[counted_B]))
+    return [np.flatnonzero(counted_B & np.isin(groups_B, some)) for some in np.array_split(order, config.minibatches)]
 
 
 def taught(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
