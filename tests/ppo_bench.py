@@ -73,8 +73,11 @@ def train(folders: Folders, path: Path, listener: Listener | None = None, **chan
     return run_stage(request_for("ppo", path, merged(CONFIG, changes), **inputs), listener)
 
 
-class Bench:
-    """Runs the stage and keeps what it holds inside: each step once it is judged, each optimizer step, which steps sampled."""
+class StageBench:
+    """Runs a stage and keeps what it holds inside: each step once it is judged, each optimizer step, which steps sampled."""
+
+    stage: Any
+    run: Any
 
     def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
         self.folders, self.path, self.patch = folders, path, patch
@@ -82,40 +85,62 @@ class Bench:
         self.updates: list[Any] = []
         self.sampled: list[int] = []
         self.loop: Any = None
-        shaped: list[torch.Tensor] = []
-
-        def judged(_: Any, loop: Any, rollouts: Any, step: int) -> None:
-            moment = SimpleNamespace(step=step, loop=loop, rollouts=rollouts, shaped_BT=shaped[-1])
-            moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
-            self.moments.append(moment)
-
-        def updating(*given: Any) -> None:
-            indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
-            mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
-            update = SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], mixed_in=mixed_in)
-            update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
-            self.updates.append(update)
-
-        self.spy("gae", after=lambda _, *given: shaped.append(given[0]))
-        self.spy("_judge", after=judged)
+        self.spy("_judge", after=lambda _, *given: self.moments.append(self.judged(*given)))
         self.spy("_update", before=lambda loop, *_: setattr(self, "loop", loop))
-        self.spy("optimization_step", updating, lambda found, *_: setattr(self.updates[-1], "measured", found))
+        self.spy(
+            "optimization_step",
+            before=lambda *given: self.updates.append(self.updating(*given)),
+            after=lambda found, *_: setattr(self.updates[-1], "measured", found),
+        )
         self.spy("policy_metrics", after=lambda found, *_: self.updates[-1].told.append(dict(found)))
         self.spy("collect", after=lambda _, *given: self.sampled.append(given[5]))
 
+    def judged(self, loop: Any, rollouts: Any, *_: Any) -> Any:
+        """A step once it is judged, and the policy that drew it."""
+        return SimpleNamespace(loop=loop, rollouts=rollouts, policy=deepcopy(loop.policy.model))
+
+    def updating(self, *given: Any) -> Any:
+        """An optimizer step before it is taken."""
+        indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
+        policy = deepcopy(self.loop.policy.model)
+        return SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], policy=policy)
+
     def spy(self, name: str, before: Any = lambda *_: None, after: Any = lambda *_: None) -> None:
         """Call something before and after a function of the stage, the latter with what it found."""
-        original = getattr(stages.ppo, name)
+        original = getattr(self.stage, name)
 
         def spied(*given: Any) -> Any:
             before(*given)
             after(found := original(*given), *given)
             return found
 
-        self.patch.setattr(stages.ppo, name, spied)
+        self.patch.setattr(self.stage, name, spied)
 
     def train(self, name: str = "run", listener: Listener | None = None, **changes: Any) -> Run:
-        return train(self.folders, self.path / name, listener, **changes)
+        return self.run(self.folders, self.path / name, listener, **changes)
+
+
+class Bench(StageBench):
+    """PPO's: with the critic, the rewards of tokens, and demonstrations that are mixed in."""
+
+    stage, run = stages.ppo, staticmethod(train)
+
+    def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(folders, path, patch)
+        self.shaped: list[torch.Tensor] = []
+        self.spy("gae", after=lambda _, *given: self.shaped.append(given[0]))
+
+    def judged(self, loop: Any, rollouts: Any, *given: Any) -> Any:
+        moment = super().judged(loop, rollouts)
+        moment.step, moment.shaped_BT = given[0], self.shaped[-1]
+        moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
+        return moment
+
+    def updating(self, *given: Any) -> Any:
+        update = super().updating(*given)
+        update.mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
+        update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
+        return update
 
 
 @pytest.fixture
