@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import request_for
+from conftest import ROOT, request_for
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import stages.ppo
@@ -21,7 +25,7 @@ from stages.data.parquet import read_rows, write_rows
 from stages.data.schemas import row_id
 from stages.models.load import load_policy, save_policy
 from stages.models.reward import new_reward_model, save_reward_model
-from stages.request import run_stage
+from stages.request import Request, run_stage
 from stages.rollouts.sample import Sample
 from stages.run import Event, Listener, Run
 
@@ -141,6 +145,43 @@ class Bench(StageBench):
         update.mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
         update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
         return update
+
+
+class CrashError(Exception):
+    """Raised in the place of a crash."""
+
+
+def until_done(train: Callable[[], Run]) -> tuple[Run, int]:
+    """Start a run again after each crash, with other random numbers about; the run, and how often it crashed."""
+    for crashes in range(20):
+        try:
+            return train(), crashes
+        except CrashError:
+            torch.manual_seed(1234)
+    raise AssertionError("it crashes for ever")
+
+
+def same(run: Run, expected: Run) -> bool:
+    """Whether two runs made the same bytes and logged the same numbers."""
+    return digests(run) == digests(expected) and metrics(run) == metrics(expected)
+
+
+def killed(requests: dict[int, Request]) -> None:
+    """Run stages as children, each killed with -9 once it has told of so many saved states."""
+    children = {}
+    for states, request in requests.items():
+        (request.folder / "request.json").write_text(request.model_dump_json())
+        command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
+        children[states] = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while any(child.returncode is None for child in children.values()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+        for states, child in children.items():
+            told = requests[states].folder / "events.jsonl"
+            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= states:
+                child.kill()
+                child.wait()
+    assert {child.returncode for child in children.values()} == {-9}
 
 
 @pytest.fixture
