@@ -87,13 +87,15 @@ def train(folders: Folders, path: Path, listener: Listener | None = None, **chan
 
 
 class Bench(StageBench):
-    """GRPO's: with which numbers of tokens each step computed anew."""
+    """GRPO's: with the steps whose completions were all sampled, and which numbers of tokens each step computed anew."""
 
     stage, run = stages.grpo, staticmethod(train)
 
     def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(folders, path, patch)
         self.measured: list[tuple[int, str]] = []
+        self.complete: list[int] = []
+        self.spy("_sample", after=lambda _, *given: self.complete.append(given[3].step))
         self.spy("measure", after=lambda _, *given: self.measured.append((self.sampled[-1], *given[2])))
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -166,22 +166,22 @@ def same(run: Run, expected: Run) -> bool:
     return digests(run) == digests(expected) and metrics(run) == metrics(expected)
 
 
-def killed(requests: dict[int, Request]) -> None:
+def killed(requests: Sequence[Request], states: Sequence[int]) -> None:
     """Run stages as children, each killed with -9 once it has told of so many saved states."""
-    children = {}
-    for states, request in requests.items():
+    children = []
+    for request in requests:
         (request.folder / "request.json").write_text(request.model_dump_json())
         command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
-        children[states] = subprocess.Popen(command, cwd=ROOT)
+        children.append(subprocess.Popen(command, cwd=ROOT))
     deadline = time.monotonic() + 120
-    while any(child.returncode is None for child in children.values()) and time.monotonic() < deadline:
+    while any(child.returncode is None for child in children) and time.monotonic() < deadline:
         time.sleep(0.002)
-        for states, child in children.items():
-            told = requests[states].folder / "events.jsonl"
-            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= states:
+        for child, request, count in zip(children, requests, states, strict=True):
+            told = request.folder / "events.jsonl"
+            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= count:
                 child.kill()
                 child.wait()
-    assert {child.returncode for child in children.values()} == {-9}
+    assert {child.returncode for child in children} == {-9}
 
 
 @pytest.fixture

@@ -110,10 +110,10 @@ def test_demonstrations_and_a_shared_backbone_resume_to_the_same_bytes(bench: Be
 def test_killed_children_resume_to_the_same_bytes(bench: Bench, whole: Run) -> None:
     config, left = merged(merged(CONFIG, LONG), {"runtime": {"save_every": 1}}), []
     inputs = {port: bench.folders[port] for port in ("policy", "reward", "prompts")}
-    requests = {states: request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)}
+    requests = [request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)]
     # One is killed between its updates, after the first state; one while it samples, after the second.
-    killed(requests)
-    for request in requests.values():
+    killed(requests, (1, 2))
+    for request in requests:
         # The completions that are in the state are not sampled again.
         state = max((request.folder / "state").glob("step-*"))
         left += range(int(state.name[5:13]) + (state / "rollouts.json").is_file(), 3)
