@@ -48,7 +48,7 @@ from stages.rewards.mix import Mixed, Mixture
 from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
-from stages.rollouts.report import rollout_metrics, rollout_records
+from stages.rollouts.report import record_types, rollout_metrics, rollout_records
 from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
 from stages.rollouts.sample import Row, of_one_sample
 from stages.run import Run
@@ -112,7 +112,8 @@ def grpo(
     accelerator = loop.accelerator
     rows = _usable(loop, run, prompts)
     order = RowOrder(len(rows), config.seed, shuffle=config.curriculum.order == "shuffled")
-    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)})
+    types = {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)}
+    parts = Parts(run, types | record_types(loop.mixture.keys))
 
     at, rollouts, stuck = Position(), None, 0
     if (resumed := state.load(run, accelerator)) is not None:
@@ -139,7 +140,8 @@ def grpo(
         rollouts, at.step = None, at.step + 1
         if at.step % config.runtime.log_every == 0 or at.step == config.steps:
             run.log(at.step, metrics)
-        run.progress(at.step, config.steps, f"reward {metrics.get('reward', float('nan')):.2f}  length {metrics['length']:.0f}")
+        said = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
+        run.progress(at.step, config.steps, f"{said}  length {metrics['length']:.0f}")
         if due:
             _save(run, loop, at, parts, None)
 
