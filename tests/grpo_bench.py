@@ -137,7 +137,10 @@ def by_hand(config: GrpoConfig, moment: Any, folders: Folders) -> list[dict[str,
 
 
 def _score(name: str, args: dict[str, Any], sample: Sample, moment: Any, judge: Any) -> Score | None:
-    if name != "reward_model":
+    if name in ("length", "answer"):
+        right = f"<answer>{sample.row['answer']}</answer>" in sample.text
+        return Score(-0.001 * len(sample.text) if name == "length" else float(right))
+    if name in ("code", "stepped"):
         return {"code": code, "stepped": stepped}[name]([sample.text], [sample.row], **args)[0]
     # The judge reads the text, which other tokens may spell than were sampled.
     ids = moment.loop.policy.tokenizer(sample.text, add_special_tokens=False)["input_ids"]
