@@ -176,11 +176,12 @@ def test_minibatches_share_the_groups_that_count(bench: Bench, changes: dict[str
     bench.train(steps=1, prompts=6, rewards=[{"name": "code", "args": {"values": 2, "gaps": 4}}], **changes)
     [moment] = bench.moments
     config, drawn = moment.loop.config.model_copy(update={"minibatches": 3}), moment.rollouts.samples
-    parts = groups.minibatches(config, moment.rollouts, 0, 0)
-    held = [len({drawn[index].row["id"] for index in part}) for part in parts]
-    assert sorted(index for part in parts for index in part) == np.flatnonzero(groups.counted(config, moment.rollouts)).tolist()
-    assert sum(held) < len({sample.row["id"] for sample in drawn})
-    assert max(held) - min(held) <= 1
+    for epoch in range(8):
+        parts = groups.minibatches(config, moment.rollouts, 0, epoch)
+        held = [len({drawn[index].row["id"] for index in part}) for part in parts]
+        assert sorted(i for part in parts for i in part) == np.flatnonzero(groups.counted(config, moment.rollouts)).tolist()
+        assert sum(held) < len({sample.row["id"] for sample in drawn})
+        assert max(held) - min(held) <= 1
 
 
 MORE: list[dict[str, Any]] = [
