@@ -73,6 +73,11 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     config |= {"sampling": sampling, "runtime": RUNTIME}
     ppo = run("ppo", config, policy=sft / "checkpoint", reward=reward / "checkpoint", prompts=data / "train")
     found["ppo"]["columns"] = pq.read_schema(ppo / "rollouts" / "data.parquet").names
+    config = {"steps": 2, "prompts": 3, "group": 3, "epochs": 2, "minibatches": 2, "optimizer": adamw, "sampling": sampling}
+    config |= {"rewards": [{"name": "length", "weight": 50.0}, {"name": "reward_model"}], "reference_kl": {"coefficient": 0.1}}
+    paths = {"policy": sft / "checkpoint", "reward_model": reward / "checkpoint", "prompts": data / "train"}
+    grpo = run("grpo", config | {"refill": {"rounds": 1}, "runtime": RUNTIME}, **paths)
+    found["grpo"]["columns"] = pq.read_schema(grpo / "rollouts" / "data.parquet").names
     config = {"verifier": {"name": "answer"}, "rewards": [{"name": "chain_sum"}], "sampling": sampling, "runtime": RUNTIME}
     paths = {"policy": sft / "checkpoint", "reference": init_folder, "prompts": data / "heldout"}
     evaluated = run("evaluate", config, **paths)

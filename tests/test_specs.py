@@ -17,7 +17,7 @@ from stages.specs.base import OPERATIONAL, Runtime
 from stages.specs.common import RewardRef
 
 # The fields that a stage's config demands, for stages that have such.
-REQUIRED: dict[str, dict[str, Any]] = {}
+REQUIRED: dict[str, dict[str, Any]] = {"grpo": {"rewards": [{"name": "length"}]}}
 ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
 ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}]
 

@@ -171,6 +171,8 @@ class GrpoConfig(Config):
             raise ValueError("sampling must draw from the policy itself: a temperature above 0, top_p 1 and top_k 0")
         if self.supervision == "process" and (self.objective != "grpo" or self.reference_kl.place == "reward"):
             raise ValueError("process supervision gives advantages a token: it needs objective grpo, and the KL in the loss")
+        if self.objective == "ranked_pairs" and self.reference_kl.place == "reward":
+            raise ValueError("ranked_pairs compares the rewards alone, where a KL would be lost: put it in the loss")
         if self.supervision == "process" and self.truncation.how == "penalise":
             raise ValueError("process supervision rates steps: truncation.how can be keep or mask")
         keys = [reward.key for reward in self.rewards]
