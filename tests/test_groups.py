@@ -82,26 +82,28 @@ def test_some_completions_by_group(members: Members, seed: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(members=MEMBERS, count=st.integers(1, 5), seed=st.integers(0, 5), step=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_minibatches_are_whole_groups_and_every_completion_is_in_one(
-    members: Members, count: int, seed: int, step: int, epoch: int
-) -> None:
-    rollouts = rollouts_with(members)
-    found = groups.group_minibatches(rollouts, count, seed, step, epoch)
+@given(members=MEMBERS, count=st.integers(1, 5), refill=st.booleans(), epoch=st.integers(0, 3))
+def test_minibatches_hold_whole_groups_of_what_counts(members: Members, count: int, refill: bool, epoch: int) -> None:
+    rollouts, config = rollouts_with(members), config_of(prompts=5, minibatches=count, refill={"rounds": int(refill)})
+    found = groups.minibatches(config, rollouts, 3, epoch)
     assert len(found) == count
-    assert sorted(index for one in found for index in one.tolist()) == list(range(len(members)))
+    counting = spread(members) if refill else [not math.isnan(reward) for _, reward, _ in members]
+    assert sorted(index for one in found for index in one.tolist()) == np.flatnonzero(counting).tolist()
     named = groups_named(members)
     held = [{named[index] for index in one.tolist()} for one in found]
-    assert sum(map(len, held)) == len(set(named))
+    assert sum(map(len, held)) == len({group for group, one in zip(named, counting, strict=True) if one})
     assert max(map(len, held)) - min(map(len, held)) <= 1
-    again = groups.group_minibatches(rollouts, count, seed, step, epoch)
+    again = groups.minibatches(config, rollouts, 3, epoch)
     assert [one.tolist() for one in again] == [one.tolist() for one in found]
 
 
 def test_every_pass_of_every_step_has_its_own_order() -> None:
     rollouts = rollouts_with([(prompt, 0.0, 1) for prompt in range(12) for _ in range(2)])
     names = [(seed, step, epoch) for seed in range(3) for step in range(3) for epoch in range(3)]
-    orders = {str([one.tolist() for one in groups.group_minibatches(rollouts, 4, *name)]) for name in names}
+    orders = {
+        str([one.tolist() for one in groups.minibatches(config_of(seed=seed, minibatches=4), rollouts, step, epoch)])
+        for seed, step, epoch in names
+    }
     assert len(orders) == len(names)
 
 
