@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -178,25 +179,36 @@ def asserts(statements: list[str], entry_point: str | None, where: str) -> Asser
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{where} are not Python: {error}") from error
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    bound |= {
-        (alias.asname or alias.name).split(".")[0]
-        for node in nodes
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    free = names_used(nodes) - names_bound(nodes)
     defined = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if entry_point and "check" in defined and "check" not in used:
+    if entry_point and "check" in defined and "check" not in names_used(nodes):
         statements, trees = [*statements, f"check({entry_point})"], [*trees, ast.parse(f"check({entry_point})")]
-    free = used - bound
-    # MBPP has functions named `sum`. A builtin's name is the program's only where the tests can mean nothing else: a program
-    # that could redefine `abs` would pass any test within a tolerance.
-    first = [entry_point] if entry_point else sorted(free) if all(hasattr(builtins, name) for name in free) else []
     counted = [not all(isinstance(node, DEFINITIONS) for node in tree.body) for tree in trees]
-    return Asserts(statements, counted, first)
+    # A program that could redefine `math` or `abs` would pass any test within a tolerance. So a module that the tests use is
+    # Python's, and a builtin too but where the tests can mean nothing else: MBPP has functions named `sum`.
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    modules = (free & sys.stdlib_module_names) - called - {entry_point}
+    free -= modules
+    first = [entry_point] if entry_point else sorted(free) if all(hasattr(builtins, name) for name in free) else []
+    imports = [f"import {name}" for name in sorted(modules)]
+    return Asserts([*imports, *statements], [False] * len(imports) + counted, first)
+
+
+def names_used(nodes: list[ast.AST]) -> set[str]:
+    """The names whose values the tests use."""
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def names_bound(nodes: list[ast.AST]) -> set[str]:
+    """The names that the tests define themselves."""
+    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    for node in nodes:
+        match node:
+            case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                bound.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                bound |= {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+    return bound
 
 
 def run_pairs(

@@ -29,7 +29,7 @@ from functools import cache
 from importlib import resources
 from marshal import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stages.errors import InputError
 from stages.rewards.program import Ended, Limits, Program, SandboxError, remove, wait
@@ -159,6 +159,8 @@ def open_sandbox(isolation: Isolation = "auto") -> Sandbox:
 
     Raises InputError, which says what to install, when it does not work here or does not hold.
     """
+    if isolation not in get_args(Isolation):
+        raise InputError(f"no isolation is named {isolation!r}; there are {', '.join(get_args(Isolation))}")
     failed = []
     choices: list[Literal["bwrap", "landlock", "rlimits"]] = ["bwrap", "landlock"] if isolation == "auto" else [isolation]
     for choice in choices:
