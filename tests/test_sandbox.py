@@ -176,8 +176,9 @@ ALLOWED = {
     ),
     "asyncio": ("import asyncio; print(asyncio.run(asyncio.sleep(0, 3)))", b"", "3\n"),
     "much of the library": (
-        "import bisect, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools, json, math\n"
-        "import random, re, sqlite3, statistics, string, time, typing, uuid, zoneinfo\ntime.sleep(0.01); print(uuid.uuid4().version)",
+        "import bisect, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools, json\n"
+        "import math, random, re, sqlite3, statistics, string, time, typing, uuid, zoneinfo\n"
+        "time.sleep(0.01); print(uuid.uuid4().version)",
         b"",
         "4\n",
     ),

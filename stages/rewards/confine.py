@@ -1,7 +1,8 @@
 """What a sandboxed program's own process does before the program: it gives up everything that it can, then runs the source.
 
-This text is run by `python -c` in the child (stages/rewards/sandbox.py), so it imports nothing of this project. A failure here
-is the sandbox's, not the program's: it is written to the `ready` file, which is closed before the program starts.
+This text is run by `python -c` in the child (stages/rewards/sandbox.py): it imports nothing of this project, and little else,
+since every program waits for it. A failure here is the sandbox's, not the program's: it is written to the `ready` file, which
+is closed before the program starts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import resource
 import stat
 import struct
 import sys
-import traceback
-import types
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SIGKILL = 9
@@ -102,12 +104,12 @@ def main() -> None:
     with os.fdopen(ready_fd, "wb", buffering=0) as ready:
         try:
             confine(job)
-        except BaseException:
-            ready.write(traceback.format_exc().encode())
+        except BaseException as error:
+            ready.write(f"{type(error).__name__}: {error}".encode())
             os._exit(1)
         ready.write(b"ready")
     sys.argv = ["program.py"]
-    program = types.ModuleType("__main__")
+    program = type(sys)("__main__")
     sys.modules["__main__"] = program
     exec(compile(job["source"], "program.py", "exec", dont_inherit=True), program.__dict__)
 
