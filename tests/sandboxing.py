@@ -55,6 +55,7 @@ def proven(isolation: str) -> Sandbox:
     """A sandbox in which a bomb is no danger: it has refused 50 forks, 300 MB above its memory, and signal 0 to everyone."""
     sandbox = opened(isolation)
     if isinstance(sandbox, str):
+        assert "a program can" not in sandbox, "it works here, but does not hold"
         pytest.skip(sandbox)
     actions = {f"fork {number}": "import os\nif os.fork() == 0: os._exit(0)" for number in range(50)}
     actions |= {"everyone": "import os; os.kill(-1, 0)", "parent": "import os; os.kill(os.getppid(), 0)"}

@@ -145,7 +145,10 @@ HONEST = {
     "a module's name": ("def bisect(a): return a / 2", "assert bisect(3) == 1.5 and abs(bisect(-4)) == 2"),
     "a module of the tests": ("def f(x): return x / 3", "assert math.isclose(f(1) * 3, 1) and re.match('a', 'a')"),
     "Solution": ("class Solution:\n  def two(self, a, b): return [a.index(b)]", "assert Solution().two([4, 5], 5) == [1]"),
-    "printing": ("def f(x): print('[false]'); return x", "print('x')\nassert f(1) == 1"),
+    "printing": (
+        "def f(x): print('[false, 0]', flush=True); return x",
+        "print('[false, 1]', flush=True)\nassert f(1) == 1",
+    ),
     "unittest": (
         "def f(x): return x",
         "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f([1]), [1])\n"
@@ -161,6 +164,12 @@ HONEST = {
 def test_honest_programs_pass(name: str) -> None:
     source, test = HONEST[name]
     assert judged(source, test) == (1, "")
+
+
+def test_a_test_that_catches_everything_does_not_pass_a_dead_program() -> None:
+    tests = ["try: f(1)\nexcept Exception: pass", "assert True"]
+    assert judged("def f(x): raise OSError", tests) == (1, "")
+    assert judged("import os\ndef f(x): os._exit(0)", tests)[0] == 0
 
 
 def test_the_entry_point_may_have_a_builtins_name() -> None:

@@ -60,6 +60,8 @@ ACTIONS = {
     "write in /": "open('/posttrain-test', 'w')",
     "write in /usr": "open('/usr/posttrain-test', 'w')",
     "write in Python": "import os; open(os.path.dirname(os.__file__) + '/posttrain_test.py', 'w')",
+    "change Python": "import os; open(os.__file__, 'r+')",
+    "change a system's file": "open('/usr/bin/env', 'r+')",
     "shared memory": "from multiprocessing import shared_memory; shared_memory.SharedMemory(create=True, size=9)",
     "shared memory of System V": "system(29, 0, 4096, 0o1600)",
     "uncounted memory": "import os; os.memfd_create('x')",
@@ -147,6 +149,14 @@ def test_the_same_attempts_succeed_outside(theirs: dict[str, object], tmp_path: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.rewards.sandbox.seccomp_filter", lambda: (_ for _ in ()).throw(OSError("none")))
         assert attempt(bare, {name: ACTIONS[name] for name in mild}, **theirs) == dict.fromkeys(mild, "escaped")
+
+
+def test_no_capability_is_left_even_without_a_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.rewards.sandbox.seccomp_filter", lambda: (_ for _ in ()).throw(OSError("none")))
+    status = run(Sandbox("rlimits"), "print(open('/proc/self/status').read())").stdout.decode()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert {fields[name] for name in ("CapEff", "CapPrm", "CapInh")} == {"0" * 16}
+    assert fields["NoNewPrivs"] == "1"
 
 
 ALLOWED = {

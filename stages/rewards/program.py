@@ -163,7 +163,8 @@ def usage(folder: Path, enough: int) -> tuple[int, int]:
 
 def remove(folder: Path) -> None:
     """Remove a folder in which a program has written."""
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():  # folders nested deeper than Python recurses, or without permissions
         for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
             subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)

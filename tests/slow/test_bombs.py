@@ -35,7 +35,8 @@ while True: libc.clone(code, top, 0x10f00, None)
 """
 BOMBS = {
     "forks": "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
-    "forks by system call": "import ctypes\nl = ctypes.CDLL(None)\nwhile True: l.fork(); l.vfork(); l.syscall(56, 17, 0, 0, 0, 0)",
+    "forks by system call": "import ctypes\nl = ctypes.CDLL(None)\n"
+    "while True: l.fork(); l.vfork(); l.syscall(56, 17, 0, 0, 0, 0)",
     "daemons": "import os, time\nwhile True:\n  try:\n    if os.fork() == 0:\n      os.setsid(); os.fork(); time.sleep(99)\n"
     "  except OSError: pass",
     "threads": "import threading, time\nthreading.stack_size(32768)\n"
