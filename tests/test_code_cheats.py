@@ -265,7 +265,7 @@ def test_what_a_program_may_raise_in_the_tests(names: list[str], operation: str,
 def test_a_handle_tells_the_program_nothing_of_plain_data() -> None:
     asked = []
     handle = Handle(lambda *args: asked.append(args), 0)
-    assert (handle == 3, handle != 3, [3].count(handle), handle in [1, 2]) == (False, True, 0, False)
+    assert (handle == 3, handle != 3, handle in [1, 2]) == (False, True, False)
     for compute in ("handle < 3", "handle - 3", "3 - handle", "handle * 3", "handle % 'x'", "handle | set()"):
         with pytest.raises(TypeError):
             eval(compute, {"handle": handle})

@@ -84,7 +84,7 @@ def test_space(box: Sandbox, source: str, reason: str, tmp_path: Path) -> None:
 
 
 def test_deep_and_closed_folders_are_removed(tmp_path: Path) -> None:
-    deep = "import os\nfor n in range(3000): os.mkdir('d'); os.chdir('d')\nos.mkdir('closed', 0o300); open('closed/x', 'w')"
+    deep = "import os\nfor n in range(1500): os.mkdir('d'); os.chdir('d')\nos.mkdir('closed', 0o300); open('closed/x', 'w')"
     folder = tmp_path / "program"
     folder.mkdir()
     subprocess.run([sys.executable, "-c", deep], cwd=folder, check=True)
@@ -105,14 +105,16 @@ def test_links_out_of_a_folder_are_not_followed(box: Sandbox, tmp_path: Path) ->
 
 
 def test_usage(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(bytes(8192))
-    (tmp_path / "link").symlink_to(sys.executable)
-    number, size = usage(tmp_path, 100)
+    folder, large = tmp_path / "program", tmp_path / "large"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "b").write_bytes(bytes(8192))
+    large.write_bytes(bytes(MB))
+    (folder / "link").symlink_to(large)
+    number, size = usage(folder, 100)
     assert number == 3
     assert 8192 <= size < 65536
-    assert usage(tmp_path, 1)[0] == 2
-    assert usage(tmp_path / "none", 1) == (0, 0)
+    assert usage(folder, 1)[0] == 2
+    assert usage(folder / "none", 1) == (0, 0)
 
 
 def test_threads_of_descendants_count() -> None:
