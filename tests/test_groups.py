@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_rollouts import PAD, rollouts_of
 
@@ -111,7 +111,7 @@ def test_every_pass_of_every_step_has_its_own_order() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(rewards=st.lists(REWARDS, min_size=1, max_size=6))
+@given(rewards=st.lists(st.sampled_from([0.0, 1.0, -2.0, 3.0]), min_size=1, max_size=6))
 def test_pairs_with_an_order_are_counted_once(rewards: list[float]) -> None:
     count = sum(a > b for a, b in permutations(rewards, 2))
     assert groups.ordered_pairs(torch.tensor(rewards, dtype=torch.float64)) == count
@@ -127,7 +127,9 @@ def pair_loss(members: Members, logps: Sequence[float], beta: float, chosen: Seq
 @given(members=MEMBERS, seed=st.integers(0, 99), beta=st.sampled_from([0.1, 1.0, 3.0]))
 def test_the_loss_of_pairs_is_that_of_a_loop(members: Members, seed: int, beta: float) -> None:
     rollouts, rng = rollouts_with(members), np.random.default_rng(seed)
-    chosen = rng.permutation(len(members))[: rng.integers(1, len(members) + 1)].tolist()
+    known = [index for index, (_, reward, _) in enumerate(members) if not math.isnan(reward)]
+    assume(known)
+    chosen = rng.permutation(known)[: rng.integers(1, len(known) + 1)].tolist()
     [batch] = rollouts.batches([np.array(chosen)], 1000, False, PAD)
     logp_BT = -torch.from_numpy(rng.random(rollouts.row_mask(batch).shape)) * rollouts.row_mask(batch)
     logps = dict(zip(batch.indices, logp_BT.sum(-1).tolist(), strict=True))
@@ -225,7 +227,7 @@ def test_an_advantage_at_any_token_teaches(step: Rollouts) -> None:
 @pytest.mark.parametrize(("aggregate", "mean"), [("sequence", 5), ("token", 2 + 3 + 2 + 3 + 1), ("constant", 5 * 7)])
 def test_what_sums_are_divided_by(step: Rollouts, aggregate: str, mean: int) -> None:
     config = config_of(aggregate=aggregate, sampling={"max_new_tokens": 7})
-    counted, chosen = np.array([1, 2, 4, 8, 9]), np.array([0, 1, 2, 3, 4, 8, 9, 10])
+    counted, chosen = np.array([1, 2, 4, 8, 9]), np.array([0, 1, 3, 4, 8, 9, 10])
     totals = groups.Totals(config, step, counted, chosen)
     lengths = [step.lengths_B[index] for index in chosen]
     assert (totals.mean, totals.run, totals.pairs) == (mean, sum(lengths), 1 + 0 + 3)
