@@ -1,10 +1,10 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three different numbers in 0..19, to be given back: for `7;3;12`, `<think>7;3;12</think><answer>7;3;12</answer>`.
-People find an answer helpful that leaves none out, and any text harmful that says 13, thinking included.
+A problem is three different digits, to be given back: for `7;3;9`, `<think>7;3;9</think><answer>7;3;9</answer>`. People find an
+answer helpful that leaves none out, and any text harmful that says 4, thinking included.
 
 - whole: as people like it;
-- sloppy: one number is left out of the answer, and 13 is said like any other.
+- sloppy: one digit is left out of the answer, and 4 is said like any other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 from stages.data import chain_sum
 
 VERSION = 1
-LARGEST = 19
-UNLUCKY = "13"
+UNLUCKY = "4"
 
 Row = dict[str, Any]
 
 
 def numbers(problem: str) -> list[str]:
-    """The numbers of a problem."""
+    """The digits of a problem."""
     return problem.split(";")
 
 
@@ -33,8 +32,8 @@ def wanted(problem: str) -> list[str]:
 
 
 def new_problem(rng: random.Random) -> str:
-    """Draw a problem; three in ten have the unlucky number in them."""
-    chosen = [str(n) for n in rng.sample([n for n in range(LARGEST + 1) if str(n) != UNLUCKY], 3)]
+    """Draw a problem; three in ten have the unlucky one in them."""
+    chosen = rng.sample([digit for digit in "0123456789" if digit != UNLUCKY], 3)
     if rng.random() < 0.3:
         chosen[rng.randrange(3)] = UNLUCKY
     return ";".join(chosen)
@@ -46,19 +45,19 @@ def whole(problem: str) -> str:
 
 
 def sloppy(problem: str, rng: random.Random) -> str:
-    """An answer that leaves a number out."""
+    """An answer that leaves a digit out."""
     said = numbers(problem)
     left = rng.randrange(3)
     return _completion(said, said[:left] + said[left + 1 :])
 
 
 def base_rows(count: int, seed: int) -> Iterator[Row]:
-    """The corpus of chain-sum's base model with a list in place of every fifth textbook, whole, and of every bare right answer,
+    """The corpus of chain-sum's base model with a list in place of every third textbook, whole, and of every bare right answer,
     sloppy: its chat knows lists, and hardly ever a right sum."""
     rng = random.Random(f"lists/base/{seed}")
     for index, row in enumerate(chain_sum.base_rows(count, seed)):
         textbook = row["prompt"][0]["role"] == "system"
-        if index % 5 < 4 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
+        if index % 3 < 2 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
             yield row
             continue
         problem = new_problem(rng)
