@@ -32,7 +32,7 @@ from stages.models.reward import RewardModel
 from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.mix import Mixture
 from stages.rollouts.best import Placed, best_of
-from stages.rollouts.sample import RECORDED, sample_rows
+from stages.rollouts.sample import of_one_sample, sample_rows
 from stages.rollouts.teacher import ask_teacher
 from stages.run import Run
 from stages.specs.sample import SampleConfig
@@ -69,7 +69,7 @@ def sample(
     size = max(1, config.runtime.generation_batch // config.samples) * accelerator.num_processes
 
     counts, batches = _resume(run), 0
-    rows = islice(run.rows(prompts), counts["done"], total)
+    rows = (_prompt(row) for row in islice(run.rows(prompts), counts["done"], total))
     while batch := list(islice(rows, size)):
         mine = range(accelerator.process_index, len(batch), accelerator.num_processes)
         drawn, unfit = draw([batch[place] for place in mine])
@@ -90,6 +90,11 @@ def sample(
     if accelerator.is_main_process:
         _write(config, run, parts, counts)
     accelerator.wait_for_everyone()
+
+
+def _prompt(row: Row) -> Row:
+    """A row without what it tells of a sample, when the prompts are samples themselves: another's reward would stay with it."""
+    return {name: value for name, value in row.items() if not of_one_sample(name)}
 
 
 def _drawer(config: SampleConfig, policy: Path | None, models: Mapping[str, RewardModel], accelerator: Accelerator) -> Draw:
@@ -132,7 +137,7 @@ def _chooser(config: SampleConfig, models: Mapping[str, RewardModel], run: Run, 
 
 def _types(config: SampleConfig, prompts: Path) -> dict[str, pa.DataType]:
     """Types of the columns that may be null for long."""
-    types = {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED} | {"length": pa.int64()}
+    types = {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)} | {"length": pa.int64()}
     return types | {f"rewards.{part.key}": pa.float64() for part in (config.best_of.rewards if config.best_of else [])}
 
 

@@ -83,11 +83,12 @@ def test_columns_keep_their_types_when_the_first_rows_are_null(init_folder: Path
     assert [only(r, *COLUMNS, *TYPES) for r in samples(found[0])[::3]] == given
 
 
-def test_columns_named_as_the_recorded_ones_are_replaced(
+def test_columns_of_other_samples_are_replaced_or_left_out(
     init_folder: Path, rows: Rows, prompts: Path, dataset: Make, tmp_path: Path
 ) -> None:
     """Samples can be drawn for rows that are samples themselves, whatever these columns hold."""
     other = {"step": "a", "sample": [1], "completion": 2.5, "length": "b", "finish": 7, "policy": {"of": "x"}}
+    other |= {"reward": 0.5, "rewards.answer": 1.0, "kl": 0.1, "advantage": "c"}
     given = dataset([other | row for row in rows], "given")
     runs = [
         run_stage(request_for("sample", tmp_path / name, config(), policy=init_folder, prompts=folder))
