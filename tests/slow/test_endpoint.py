@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     code = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
     options = ["serve", "smollm2", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with (root / "log").open("w") as log:
-        child = subprocess.Popen([sys.executable, "-c", code, *options], cwd=root, stdout=log, stderr=log)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *options], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
         try:
             deadline = time.monotonic() + 300
             while not healthy(port):
@@ -80,16 +83,15 @@ def endpoint(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 @pytest.fixture
 def prompts(dataset: Callable[..., Path]) -> Path:
-    return dataset(
-        [{"id": str(n), "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)], "prompts"
-    )
+    rows = [{"id": str(n), "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)]
+    return dataset(rows, "prompts")
 
 
 def test_a_teacher_says_what_the_model_says_here(
     endpoint: dict[str, Any], smollm2: Path, prompts: Path, tmp_path: Path
 ) -> None:
     """Greedily, the server's completions are those of our own engine."""
-    common = {"samples": 1, "sampling": {"temperature": 0, "max_new_tokens": 24}, "runtime": {"device": "cpu", "threads": 2}}
+    common = {"samples": 1, "sampling": {"temperature": 0, "max_new_tokens": 16}, "runtime": {"device": "cpu", "threads": 1}}
     taught = run_stage(request_for("sample", tmp_path / "taught", common | {"endpoint": endpoint}, prompts=prompts))
     ours = run_stage(request_for("sample", tmp_path / "ours", common, policy=smollm2, prompts=prompts))
     one, other = (list(read_rows(run.folder / "outputs" / "samples")) for run in (taught, ours))
@@ -97,20 +99,18 @@ def test_a_teacher_says_what_the_model_says_here(
         print(row)
     assert [row["id"] for row in one] == [str(n) for n in range(8)]
     assert {row["policy"] for row in one} == {"smollm2"}
-    same = [a["completion"] == b["completion"] and a["finish"] == b["finish"] for a, b in zip(one, other, strict=True)]
-    assert sum(same) >= 7, "another order of sums may turn one of two near words"
+    same = [(a, b) for a, b in zip(one, other, strict=True) if a["completion"] == b["completion"]]
+    assert len(same) >= 7, "another order of sums may turn one of two near words"
+    assert all(a["finish"] == b["finish"] and abs(a["length"] - b["length"]) <= 1 for a, b in same)
     assert any("Paris" in row["completion"] for row in one)
     assert {row["finish"] for row in one} == {"stop", "length"}
-    assert all(
-        abs(a["length"] - b["length"]) <= 1 for a, b in zip(one, other, strict=True) if a["completion"] == b["completion"]
-    )
 
 
 def test_the_best_of_a_teacher_s_samples_by_a_judge(endpoint: dict[str, Any], prompts: Path, tmp_path: Path) -> None:
-    args = {"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 60}
+    args = {"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 20}
     config = {
         "samples": 2,
-        "sampling": {"max_new_tokens": 16},
+        "sampling": {"max_new_tokens": 8},
         "endpoint": endpoint,
         "best_of": {"rewards": [{"name": "judge", "args": args}]},
         "runtime": {"device": "cpu", "generation_batch": 4},
@@ -133,7 +133,7 @@ def test_the_best_of_a_teacher_s_samples_by_a_judge(endpoint: dict[str, Any], pr
 
 def test_a_judge_rates_or_says_why_not(endpoint: dict[str, Any]) -> None:
     answers = ["Paris.", "Blue.", "4", "The sea is deep.", "Shakespeare.", "Buenos días.", "Ask me [[5]] later.", "Hat."]
-    args = JudgeArgs.model_validate({"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 60})
+    args = JudgeArgs.model_validate({"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 20})
     found = verdicts(answers, [{"prompt": question} for question in QUESTIONS], args)
     print(found)
     assert len(found) == 8
