@@ -59,7 +59,7 @@ class RlhfRecipe(Recipe):
     sft: SftConfig = Field(title="sft", description="Fine-tunes the base on the demonstrations.")
     prompts: PrepareConfig = Field(title="prompts", description="Prepares the prompts; the held-out ones measure every model.")
     samples: SampleConfig | None = Field(
-        default=None, title="samples", description="Draws completions of the training prompts from the SFT model."
+        default=None, title="samples", description="Draws completions of the training prompts from the SFT model, or a teacher."
     )
     labels: LabelConfig | None = Field(default=None, title="labels", description="Makes preferences of the samples.")
     preferences: PrepareConfig | None = Field(
@@ -112,7 +112,8 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
 
     samples, preferences = None, data.get("preferences")
     if recipe.samples is not None and recipe.labels is not None:
-        samples = pipeline.step("samples", "sample", recipe.samples, policy=sft, prompts=prompts["train"])["samples"]
+        policy = sft if recipe.samples.endpoint is None else None
+        samples = pipeline.step("samples", "sample", recipe.samples, policy=policy, prompts=prompts["train"])["samples"]
         preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
     assert preferences is not None
     learnt_from: dict[str, Source] = {**_both(preferences), "demonstrations": demonstrations["train"], "samples": samples}

@@ -19,7 +19,8 @@ from stages.specs.common import RewardRef
 # The fields that a stage's config demands, for stages that have such.
 REQUIRED: dict[str, dict[str, Any]] = {"grpo": {"rewards": [{"name": "length"}]}}
 ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
-ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}]
+ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}, {"model": "m", "url": "http://localhost:8000/v1"}]
+ALTERNATIVES += [{"rewards": [{"name": "length"}]}]
 
 
 class Inner(Config):
@@ -114,11 +115,12 @@ def test_each_field_changes_the_key_unless_it_is_operational(name: str) -> None:
     }
 
 
-def test_only_runtimes_are_operational() -> None:
+def test_only_runtimes_and_ways_to_endpoints_are_operational() -> None:
     """A field that is left out of keys by mistake makes wrong skips: each one has to be added here on purpose."""
     marked = {(config.__name__, name) for config in CONFIGS for name in config.model_fields if operational(config, name)}
     stages = {(spec.config.__name__, "runtime") for spec in STAGES.values() if "runtime" in spec.config.model_fields}
-    assert marked == stages
+    endpoints = {("Endpoint", name) for name in ("url", "api_key", "timeout", "retries", "concurrency")}
+    assert marked == stages | endpoints
     assert all(STAGES[name].config.model_fields["runtime"].annotation is Runtime for name in ("sft", "evaluate"))
 
 

@@ -15,6 +15,7 @@ from stages.rewards.base import RewardEntry, Row, Score
 REWARDS: dict[str, RewardEntry] = {
     "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=("answer",)),
     "format": RewardEntry("stages.rewards.form:form", version=1),
+    "judge": RewardEntry("stages.rewards.judge:judge", version=1, arguments="stages.rewards.judge:JudgeArgs"),
     "length": RewardEntry("stages.rewards.length:length", version=1),
     "reward_model": RewardEntry("stages.rewards.learned:learned", version=1, port="reward_model"),
     "safety_model": RewardEntry("stages.rewards.learned:learned", version=1, port="safety_model"),

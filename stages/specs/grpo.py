@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
-from stages.specs.common import Dtype, Optimizer, Sampling, WeightedReward
+from stages.specs.common import Dtype, Optimizer, Sampling, WeightedReward, require_distinct
 
 
 class ReferenceKl(Config):
@@ -175,9 +175,7 @@ class GrpoConfig(Config):
             raise ValueError("ranked_pairs compares the rewards alone, where a KL would be lost: put it in the loss")
         if self.supervision == "process" and self.truncation.how == "penalise":
             raise ValueError("process supervision rates steps: truncation.how can be keep or mask")
-        keys = [reward.key for reward in self.rewards]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"rewards: {', '.join(keys)}: two have one name; tell them apart with `label`")
+        require_distinct(self.rewards)
         return self
 
 
