@@ -166,6 +166,14 @@ def test_a_saved_artifact_stands_for_a_step(name: str) -> None:
     assert f"evaluate-{name}" in read or name not in POLICIES
 
 
+def test_a_teacher_behind_an_endpoint_takes_the_policys_place() -> None:
+    values = tiny()
+    values["traces"] |= {"endpoint": {"model": "teacher", "url": "http://localhost:1/v1"}}
+    read = planned(values).read
+    assert read["traces"] == {"prompts": "prompts.train"}
+    assert read["samples"]["policy"] == "reasoning-2.checkpoint"
+
+
 def test_a_distillation_of_outputs_reads_no_teacher() -> None:
     seen = planned(tiny("distilled.objective=likelihood", "distilled.source=demonstrations"))
     assert seen.read["distilled"] == {"model": "student_base.checkpoint", "train": "accepted.train"}
