@@ -58,7 +58,7 @@ def start(
 
 def _pooled(name: str, row: Row, outcome: Any) -> Score | None:
     if isinstance(outcome, pool.Lost):
-        return Score(None, note=str(outcome))
+        return Score(None, note=outcome.why)
     if isinstance(outcome, Exception):
         raise _named(name, row, outcome) from outcome
     return _one_each(name, outcome, 1)[0]

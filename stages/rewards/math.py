@@ -37,9 +37,9 @@ ANYWHERE = [*WHOLE, ExprExtractionConfig()]
 SIGNS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63", "-"),
-        **{"×": r"\times ", "·": r"\cdot ", "÷": "/", "\u2044": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty "},
+        **{"\u00d7": r"\times ", "·": r"\cdot ", "÷": "/", "\u2044": "/", "\u2215": "/", "π": r"\pi ", "∞": r"\infty "},
         **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "°": r"^{\circ}"},
+        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "\u222a": r"\cup ", "°": r"^{\circ}"},
         **{power: f"^{{{digit}}}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
     }

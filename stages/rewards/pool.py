@@ -16,6 +16,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ MEMORY = 4 * 2**30  # bytes of address space a worker; an answer such as 10**10*
 _pools: dict[str, ProcessPool] = {}
 
 
-class Lost(Exception):
-    """A call that has no result; says why in a word or two."""
+@dataclass(frozen=True)
+class Lost:
+    """A call without a result: why, in a word or two."""
+
+    why: str
 
 
 def submit(target: str, calls: Sequence[Call], timeout: float) -> Callable[[], list[Any]]:

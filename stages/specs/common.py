@@ -54,6 +54,13 @@ class RewardRef(Config):
 
     name: str = Field(title="Reward", description="A name registered in stages/rewards.")
     args: dict[str, JsonValue] = Field(default_factory=dict, title="Arguments", description="Keyword arguments of the reward.")
+    timeout: float = Field(
+        default=10.0,
+        gt=0,
+        title="Timeout",
+        description="Seconds a completion, for rewards that run in worker processes (math, reasoning_gym): after that it has "
+        "no reward, and counts under the metric `notes.NAME.timeout`. Identity there: another limit gives other rewards.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -69,7 +76,10 @@ class RewardRef(Config):
     def identity(self) -> dict[str, Any]:
         from stages.rewards import REWARDS
 
-        return super().identity() | {"version": REWARDS[self.name].version}
+        entry, found = REWARDS[self.name], super().identity()
+        if not entry.pooled:
+            del found["timeout"]
+        return found | {"version": entry.version}
 
 
 class WeightedReward(RewardRef):
