@@ -93,4 +93,9 @@ def _begin(module: str) -> None:
 
 def _call(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    try:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    except Exception:
+        raise
+    except BaseException:  # SystemExit and its like are to end this process, not the one that waits
+        os._exit(1)
