@@ -139,7 +139,7 @@ def test_a_judge_rates_or_says_why_not(endpoint: dict[str, Any]) -> None:
     assert len(found) == 8
     for score, why in found:
         assert (score is None) == bool(why)
-        assert score is None or 0 <= score.total <= 1
+        assert score is None or 0 <= (score.total or 0) <= 1
     assert any(score is not None for score, _ in found)
 
 
