@@ -93,3 +93,8 @@ class WeightedReward(RewardRef):
     @property
     def key(self) -> str:
         return self.label or self.name
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything but a report depends on it."""
+        return self.weight != 0
