@@ -12,7 +12,7 @@ import pytest
 import rejecting
 from conftest import request_for
 from labelling import chain_group, group, within
-from rejecting import RIGHT, Reject, Rows, counts, digests, events, made, metrics, pass_rates, texts
+from rejecting import Reject, Rows, counts, digests, events, made, metrics, pass_rates, texts
 
 import stages.label
 import stages.rejection
