@@ -20,7 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 
 # What several test files share: a failing assertion there says what it compared, too.
-pytest.register_assert_rewrite("evaluating", "labelling", "ppo_bench", "preparing", "rejecting", "reward_bench")
+pytest.register_assert_rewrite("distilling", "evaluating", "labelling", "ppo_bench", "preparing", "rejecting", "reward_bench")
 
 from stages.data.parquet import write_rows
 from stages.data.schemas import row_id
