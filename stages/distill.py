@@ -115,7 +115,7 @@ def _load_teacher(
     require_same_tokens(student, teacher=teacher)
     if teacher.context < min(config.max_length, student.context):
         raise InputError(
-            f"the teacher reads {teacher.context} tokens, and a demonstration may have more: set max_length to {teacher.context}"
+            f"the teacher reads {teacher.context} tokens, and a demonstration may have more: set max_length to that"
         )
     check_log_probs(teacher.model, config.runtime.packed)
     teacher.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
