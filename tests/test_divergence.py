@@ -19,7 +19,7 @@ from stages.objectives.distillation import Direction
 
 DIRECTIONS: tuple[Direction, ...] = ("forward_kl", "reverse_kl")
 both = pytest.mark.parametrize("direction", DIRECTIONS)
-WIDER = VOCABULARY + 3
+WIDER = 2 * VOCABULARY
 
 
 def other_model(family: str = "llama", **fields: Any) -> PreTrainedModel:
