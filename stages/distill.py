@@ -56,7 +56,10 @@ def distill(
     student = load_policy(model, seed=config.seed)
     set_threads(config.runtime, count_parameters(student.model))
     check_log_probs(student.model, config.runtime.packed)
-    module = _objective(config, accelerator, student, teacher)
+    taught_by = _load_teacher(config, accelerator, student, teacher)
+    module: nn.Module = TokenLogProbs(student.model)
+    if taught_by is not None and config.objective != "likelihood":
+        module = TokenDivergence(student.model, taught_by.model, config.objective)
     rows = load_demonstrations(run, accelerator, student, train, "train", config, config.runtime)
     held = None
     if heldout and config.heldout_rows:
@@ -67,7 +70,8 @@ def distill(
     order = rows.order(config.seed, config.shuffle)
     prompts: list[Row] = []
     if config.source == "student":
-        prompts = usable_prompts(run, train, student, [], config.student_sampling.max_new_tokens)
+        readers = [] if taught_by is None else [taught_by]
+        prompts = usable_prompts(run, train, student, readers, config.student_sampling.max_new_tokens)
         order = RowOrder(len(prompts), config.seed, config.shuffle)
 
     def draw(step: int) -> Work:
@@ -84,7 +88,8 @@ def distill(
     def measure(module: nn.Module) -> float:
         assert held is not None
         del module  # its forward may be a divergence
-        return heldout_loss(accelerator, TokenLogProbs(student.model), held)
+        with accelerator.autocast():
+            return heldout_loss(accelerator, TokenLogProbs(student.model), held)
 
     epoch = max(1, math.ceil(order.rows / size))
     fit(config, run, accelerator, module, steps, draw, loss, measure if held is not None else None, epoch)
@@ -94,21 +99,27 @@ def distill(
     accelerator.wait_for_everyone()
 
 
-def _objective(config: DistillConfig, accelerator: Accelerator, student: LoadedPolicy, folder: Path | None) -> nn.Module:
-    """What gives, of each token, the number whose mean is the loss."""
+def _load_teacher(
+    config: DistillConfig, accelerator: Accelerator, student: LoadedPolicy, folder: Path | None
+) -> LoadedPolicy | None:
+    """The teacher that a KL asks."""
     if config.objective == "likelihood":
         if folder is not None:
             raise InputError("there is an input teacher, but objective likelihood reads its outputs alone; set a KL")
-        return TokenLogProbs(student.model)
+        return None
     if folder is None:
         raise InputError(
             f"objective {config.objective} compares distributions: give the teacher's checkpoint as the input teacher"
         )
     teacher = load_policy(folder)
     require_same_tokens(student, teacher=teacher)
+    if teacher.context < min(config.max_length, student.context):
+        raise InputError(
+            f"the teacher reads {teacher.context} tokens, and a demonstration may have more: set max_length to that"
+        )
     check_log_probs(teacher.model, config.runtime.packed)
     teacher.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    return TokenDivergence(student.model, teacher.model, config.objective)
+    return teacher
 
 
 def _drawn(config: DistillConfig, accelerator: Accelerator, student: LoadedPolicy, rows: list[Row], step: int) -> Work:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,20 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, also: Path | None 
     """Write `train` and, when a share is held out, `heldout`: the rows of `source`, and then those of `also`, which may have
     other columns. Raises InputError, naming the row, for rows it cannot use."""
     sources = [source] if also is None else [source, also]
-    types = {} if also is None else _all_columns(sources)
     excluded = {_hash(row["prompt"]) for row in run.rows(exclude)} if exclude else set()
-    heldout_prompts = {_hash(row["prompt"]) for row in _rows(config, sources, Counter()) if _held_out(config, row)}
+    heldout_prompts, names = set(), dict[str, None]()
+    for row in _rows(config, sources, Counter()):
+        names |= dict.fromkeys(row)
+        if _held_out(config, row):
+            heldout_prompts.add(_hash(row["prompt"]))
+    types = {} if also is None else _types(config, sources, names)
 
     counts: Counter[str] = Counter()
     train = RowWriter(run.output("train"), types=types)
     heldout = RowWriter(run.output("heldout"), types=types)
     for row in _rows(config, sources, counts):
-        row = row | {name: None for name in types if name not in row}
+        if also is not None:
+            row = row | {name: None for name in names if name not in row}
         if _held_out(config, row):
             if config.max_heldout is not None and counts["held out"] >= config.max_heldout:
                 counts["held out beyond max_heldout, left out"] += 1
@@ -70,16 +75,20 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, also: Path | None 
     run.log(0, {"rows_train": train.close(), "rows_heldout": heldout.close()})
 
 
-def _all_columns(sources: Sequence[Path]) -> dict[str, pa.DataType]:
-    """The columns of several datasets. Raises InputError for one that is not yet prepared, or a column of two types."""
+def _types(config: PrepareConfig, sources: Sequence[Path], names: Iterable[str]) -> dict[str, pa.DataType]:
+    """What several datasets hold in the columns that stay as they are. Raises InputError for one that is not yet prepared, or a
+    column of two types."""
+    changed = {"id", *config.columns, *config.constants}
+    changed |= ({"prompt"} if config.chat else set()) | ({"answer"} if config.extract == "gsm8k" else set())
     types: dict[str, pa.DataType] = {}
-    for folder in sources:
-        for field in read_schema(folder):
-            if types.setdefault(field.name, field.type) != field.type:
-                raise InputError(
-                    f'the column "{field.name}" holds {types[field.name]} in one dataset and {field.type} in the other: they '
-                    "cannot be one; leave it out of one of them in the step that prepares it"
-                )
+    for field in (field for folder in sources for field in read_schema(folder)):
+        if field.name not in names or field.name in changed:
+            continue
+        if types.setdefault(field.name, field.type) != field.type:
+            raise InputError(
+                f'the column "{field.name}" holds {types[field.name]} in one dataset and {field.type} in the other: they '
+                "cannot be one; leave it out of one of them in the step that prepares it"
+            )
     return types
 
 

@@ -48,15 +48,20 @@ def rejection(
     models = load_judges(config.criteria, given, accelerator.device)
     mixture = Mixture(config.criteria, model_arguments(models, config.runtime.micro_batch_tokens))
     schema = read_schema(samples)
-    if "completion" not in schema.names:
-        raise InputError(f'the samples have no column "completion" (they have {", ".join(schema.names)})')
+    for name in ("id", "prompt", "completion"):
+        if name not in schema.names:
+            raise InputError(f'the samples have no column "{name}" (they have {", ".join(schema.names)})')
     mixture.check(schema.names, "the samples")
     for number, row in enumerate(run.rows(samples), start=1):
         mixture.check_row(row, f"samples row {number}")
+        if row.get("length") is None and (config.min_length or config.max_length is not None):
+            raise InputError(f'samples row {number}: it has no "length", which min_length and max_length are about')
 
-    types: dict[str, pa.DataType] = {field.name: field.type for field in schema}
-    types |= {"prompt_id": pa.string(), **dict.fromkeys(("reward", *(f"rewards.{key}" for key in mixture.keys)), pa.float64())}
-    writers = {name: RowWriter(run.output(name), types=types) for name in ("train", "heldout", "prompts")}
+    own: dict[str, pa.DataType] = {field.name: field.type for field in schema}
+    scores = dict.fromkeys(("reward", *(f"rewards.{key}" for key in mixture.keys)), pa.float64())
+    kept, rates = {"id": pa.string(), "prompt_id": own["id"], **scores}, {"samples": pa.int64(), "pass_rate": pa.float64()}
+    types = {"train": own | kept, "heldout": own | kept, "prompts": own | rates}
+    writers = {name: RowWriter(run.output(name), types=types[name]) for name in types}
     counts: Counter[str] = Counter()
     groups = together(run.rows(samples))
     while chunk := list(islice(groups, CHUNK)):
@@ -107,8 +112,6 @@ def rejected(config: RejectionConfig, row: Row, mixed: Mixed) -> str | None:
     length = row.get("length")
     if config.complete and row.get("finish") == "length":
         return "cut off"
-    if (config.min_length or config.max_length is not None) and length is None:
-        raise InputError('the samples have no column "length", which min_length and max_length are about')
     if length is not None and length < config.min_length:
         return "too short"
     if length is not None and config.max_length is not None and length > config.max_length:
@@ -131,7 +134,9 @@ def _rank(config: RejectionConfig, row: Row, mixed: Mixed) -> float:
         return math.inf if mixed.total is None else -mixed.total
     if config.choose == "shortest":
         return float(len(row["completion"]))
-    return float(sample_seed(config.seed, int(row.get("step") or 0), f"rejection/{row['id']}", int(row.get("sample") or 0)))
+    # By its text, since a sample may have no number.
+    name = f"rejection/{row['id']}/{row['completion']}"
+    return float(sample_seed(config.seed, int(row.get("step") or 0), name, int(row.get("sample") or 0)))
 
 
 def _demonstration(row: Row, mixed: Mixed) -> Row:

@@ -39,10 +39,13 @@ def write_source(folder: Path, rows: list[Row]) -> Path:
     return folder
 
 
-def prepare(folder: Path, source: Path | list[Row], exclude: Path | None = None, **config: Any) -> Prepared:
+def prepare(
+    folder: Path, source: Path | list[Row], exclude: Path | None = None, also: Path | None = None, **config: Any
+) -> Prepared:
     """Run the stage in `folder / "run"`."""
     source = write_source(folder / "source", source) if isinstance(source, list) else source
-    inputs = {"source": source} if exclude is None else {"source": source, "exclude": exclude}
+    given = {"source": source, "also": also, "exclude": exclude}
+    inputs = {name: path for name, path in given.items() if path is not None}
     heard: list[dict[str, Any]] = []
     run_stage(request_for("prepare", folder / "run", config, **inputs), heard.append)
     return Prepared(folder / "run", heard)

@@ -23,7 +23,7 @@ from stages.errors import InputError
 from stages.request import Request
 from stages.run import Event, Run
 from stages.specs import STAGES
-from tasks.execute import execute, headline
+from tasks.execute import execute, headline, headline_names
 from tasks.home import configure_environment
 from tasks.launch import Launch
 from tasks.plan import StepCall, examine
@@ -256,3 +256,15 @@ def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatc
 def test_headline_shows_before_and_after(store: Store) -> None:
     spec = sft_call(store).spec()
     assert headline(spec, {"heldout_loss_before": 5.2123, "heldout_loss": 0.5, "other": 1}) == "heldout_loss 5.21 -> 0.5"
+
+
+def test_a_star_stands_for_all_metrics_that_begin_so() -> None:
+    """But for their bounds and counts; in the headline's order, and sorted among themselves."""
+    spec = STAGES["evaluate"]
+    assert "rewards.*" in spec.headline
+    numbers = {"kl": 0.5, "rewards.b": 2.0, "rewards.a": 1.0, "reward": 0.1, "rewards.a_low": 0.0, "rewards.a_high": 2.0}
+    numbers |= {"rewards.b_missing": 3.0, "rewards.b_before": 1.5, "rewards": 9.0, "length": 7.0, "accuracy_low": 0.1}
+    assert headline_names(spec, numbers) == ["reward", "rewards.a", "rewards.b", "kl"]
+    assert headline(spec, numbers) == "reward 0.1  rewards.a 1  rewards.b 1.5 -> 2  kl 0.5"
+    assert headline_names(spec, {}) == []
+    assert headline_names(STAGES["sft"], numbers | {"heldout_loss": 1.0}) == ["heldout_loss"]

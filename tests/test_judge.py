@@ -91,7 +91,7 @@ def test_a_reply_without_a_rating_of_the_scale_is_no_verdict(reply: str, reason:
 def test_a_reply_that_was_cut_off_is_no_verdict() -> None:
     """What it ends with may be a quotation."""
     found, why = read_rating(said("The answer claims [[10]]", truncated=True), args(max_new_tokens=9))
-    assert (found, why) == (None, "the judge's reply was cut off after 9 tokens")
+    assert (found, why) == (None, "reply cut off: after 9 tokens")
 
 
 @given(rating=st.integers(-20, 20), lowest=st.integers(-10, 5), span=st.integers(1, 20))

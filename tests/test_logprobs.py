@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, **fields: Any) -> PreTrainedModel:
     """A random model of a family in eval mode: every parameter is random, norms and biases too."""
     known = FAMILIES[family] | {"initializer_range": 0.3, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **known | fields)
+    config = AutoConfig.for_model(family, **known | {"vocab_size": VOCABULARY} | fields)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
 
 def config(**changes: Any) -> dict[str, Any]:
     """The small config with some values changed; mappings are merged."""
-    merged = {name: CONFIG[name] | value if isinstance(value, dict) else value for name, value in changes.items()}
+    merged = {name: CONFIG.get(name, {}) | value if isinstance(value, dict) else value for name, value in changes.items()}
     return CONFIG | merged
 
 

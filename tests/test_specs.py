@@ -18,9 +18,12 @@ from stages.specs.common import RewardRef
 
 # The fields that a stage's config demands, for stages that have such.
 REQUIRED: dict[str, dict[str, Any]] = {"grpo": {"rewards": [{"name": "length"}]}}
+REQUIRED["rejection"] = {"criteria": [{"name": "format", "minimum": 1.0}]}
+# Not required, but only a KL takes the other source.
+REQUIRED["distill"] = {"objective": "forward_kl"}
 ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
 ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}, {"model": "m", "url": "http://localhost:8000/v1"}]
-ALTERNATIVES += [{"rewards": [{"name": "length"}]}]
+ALTERNATIVES += [{"rewards": [{"name": "length"}]}, "r1-zero"]
 
 
 class Inner(Config):

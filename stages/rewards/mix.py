@@ -54,7 +54,7 @@ class Mixture:
     def check_row(self, row: Row, where: str) -> None:
         """Refuse, before anything is sampled, a row that no part rates, or that lacks what a part needs of it."""
         mine = [part for part in self.parts if applies(part, row)]
-        if not any(part.weight for part in mine):
+        if not any(part.decides for part in mine):
             raise InputError(f"{where}: no reward is for it; give one without `where`, or leave such rows out in `prepare`")
         for part in mine:
             for column in REWARDS[part.name].columns:

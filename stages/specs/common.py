@@ -181,6 +181,11 @@ class WeightedReward(RewardRef):
     def key(self) -> str:
         return self.label or self.name
 
+    @property
+    def decides(self) -> bool:
+        """Whether anything but a report depends on it."""
+        return self.weight != 0
+
 
 def require_distinct(rewards: Sequence[WeightedReward]) -> None:
     """Raise ValueError when two parts of a mixed reward have one name."""

@@ -21,6 +21,10 @@ class Criterion(WeightedReward):
         """Whether it can reject."""
         return self.minimum is not None or self.maximum is not None
 
+    @property
+    def decides(self) -> bool:
+        return self.bounded or super().decides
+
 
 class RejectionConfig(Config):
     """DeepSeek-R1 (arXiv 2501.12948, 2.3.3) kept what was right, and left out mixed languages, long paragraphs and code."""
