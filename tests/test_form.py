@@ -7,35 +7,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.rewards import score
-from stages.rewards.form import as_shown, final_part, thinking, well_formed
+from stages.rewards.form import well_formed
+from stages.rewards.text import as_shown, thinking
 
 # completion: what is shown, what was thought.
-PARTS: dict[str, tuple[str, str]] = {
+PARTS: dict[str, tuple[str, str | None]] = {
     "<think>a</think><answer>b</answer>": ("b", "a"),
-    " <think> a </think> \n <answer> b </answer> ": ("b", " a "),
+    " <think> a </think> \n <answer> b </answer> ": ("b", " a"),
     "<think>a\nb</think><answer>c\nd</answer>": ("c\nd", "a\nb"),
     # The last answer counts, also when it was not finished.
-    "<answer>a</answer><answer>b</answer>": ("b", ""),
-    "<answer>a</answer> no, <answer>b": ("b", ""),
+    "<answer>a</answer><answer>b</answer>": ("b", None),
+    "<answer>a</answer> no, <answer>b": ("b", None),
     "<think>a</think><answer>b": ("b", "a"),
-    "<think>a<answer>b</answer>": ("b", "a<answer>b</answer>"),
-    "<answer></answer>": ("", ""),
+    "<answer></answer>": ("", None),
     # Without an answer's tags: what follows the thinking.
     "<think>a</think> b ": ("b", "a"),
-    "<think>a</think>b</think>c": ("c", "a"),
-    "<think>a</think>b<think>c</think>d": ("d", "a"),
-    "a</think>b": ("b", ""),
+    "<think>a</think>b</think>c": ("c", "a</think>b"),
+    "<think>a</think>b<think>c</think>d": ("d", "a</think>b<think>c"),
+    "a</think>b": ("b", "a"),
     # What was thought without an end is not shown.
     "<think>a": ("", "a"),
+    "<think>a<answer>b</answer>": ("", "a<answer>b</answer>"),
     "<think>": ("", ""),
-    " plain ": ("plain", ""),
-    "": ("", ""),
+    " plain ": ("plain", None),
+    "": ("", None),
 }
 
 
 @pytest.mark.parametrize(("completion", "shown", "thought"), [(text, *parts) for text, parts in PARTS.items()])
-def test_parts_by_hand(completion: str, shown: str, thought: str) -> None:
-    assert (final_part(completion), thinking(completion)) == (shown, thought)
+def test_parts_by_hand(completion: str, shown: str, thought: str | None) -> None:
+    assert (as_shown(completion, None)[0], thinking(completion)) == (shown, thought)
 
 
 TEXT = st.text(alphabet="ab \n;", min_size=1).filter(str.strip)
@@ -45,7 +46,7 @@ TEXT = st.text(alphabet="ab \n;", min_size=1).filter(str.strip)
 def test_what_has_the_form_comes_apart_again(thought: str, answer: str) -> None:
     completion = f"<think>{thought}</think><answer>{answer}</answer>"
     assert well_formed(completion)
-    assert (thinking(completion), final_part(completion)) == (thought, answer.strip())
+    assert thinking(completion) == thought.rstrip()
     assert as_shown(completion, "length") == (answer.strip(), "stop")
 
 
@@ -57,8 +58,8 @@ def test_what_has_the_form_comes_apart_again(thought: str, answer: str) -> None:
         ("<think>a</think><answer>b</answer>", "length", ("b", "stop")),
         ("<think>a</think><answer>b</answer> \n", "length", ("b", "stop")),
         ("<think>a</think><answer>b</answer>", None, ("b", "stop")),
+        ("<think>a</think><answer>b</answer>c", "length", ("b", "stop")),
         # Else it ended as the completion did.
-        ("<think>a</think><answer>b</answer>c", "length", ("b", "length")),
         ("<think>a</think><answer>b", "length", ("b", "length")),
         ("<think>a</think><answer>b", "stop", ("b", "stop")),
         ("<think>a</think>b", "length", ("b", "length")),
