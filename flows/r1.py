@@ -23,7 +23,7 @@ from typing import ClassVar
 from prefect import flow
 from pydantic import Field, model_validator
 
-from flows.iterations import iterate
+from flows.iterations import iteration
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
 from stages.artifacts import Kind
@@ -184,6 +184,11 @@ class Road:
         config: Config = getattr(self.recipe, name)
         return self.pipeline.step(name, stage, config, **sources)[output]
 
+    def sampled(self, name: str, policy: Source, prompts: Outputs) -> Source:
+        """Completions of the policy, or of the teacher that the step names."""
+        teacher = getattr(self.recipe, name).endpoint
+        return self.step(name, "sample", "samples", policy=None if teacher else policy, prompts=prompts["train"])
+
 
 def steps(pipeline: Pipeline, recipe: R1Recipe) -> None:
     """The steps in order."""
@@ -219,21 +224,25 @@ def _base(road: Road, step: str, model: str, corpus: Outputs | None) -> Source:
 
 
 def _grpo(road: Road, name: str, policy: Source, iterations: int = 1, **more: Source) -> Source:
-    given = {"prompts": road.prompts["train"], **more}
-    return iterate(road.pipeline, name, getattr(road.recipe, name), iterations, policy, given)
+    config, given = getattr(road.recipe, name), {"prompts": road.prompts["train"], **more}
+    for number in range(1, iterations + 1):
+        policy = iteration(road.pipeline, name, config, number, policy, given)
+    return policy
 
 
 def _cold_start(road: Road, base: Source, zero: Source) -> Source:
     def data() -> Source:
-        traces = road.step("traces", "sample", "samples", policy=zero or base, prompts=road.prompts["train"])
+        traces = road.sampled("traces", zero or base, road.prompts)
         return road.step("cold_start_data", "rejection", "train", samples=traces)
 
-    rows = road.made("cold_start_data", data)
-    return road.made("cold_start", lambda: road.step("cold_start", "sft", "checkpoint", model=base, train=rows))
+    def tune() -> Source:
+        return road.step("cold_start", "sft", "checkpoint", model=base, train=road.made("cold_start_data", data))
+
+    return road.made("cold_start", tune)
 
 
 def _accepted(road: Road, policy: Source) -> Source:
-    samples = road.step("samples", "sample", "samples", policy=policy, prompts=road.prompts["train"])
+    samples = road.sampled("samples", policy, road.prompts)
     return road.step("accepted", "rejection", "train", samples=samples)
 
 
@@ -255,7 +264,7 @@ def _second(road: Road, policy: Source) -> Source:
     if road.general is not None:
         prompts = pipeline.step("mixed", "prepare", PrepareConfig(), source=prompts, also=road.general["train"])["train"]
         if road.recipe.answers is not None:
-            answers = road.step("answers", "sample", "samples", policy=policy, prompts=road.general["train"])
+            answers = road.sampled("answers", policy, road.general)
     helpful, harmless = (
         road.made(name, lambda name=name: _judge(road, name, policy, answers)) for name in ("helpful", "harmless")
     )

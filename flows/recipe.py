@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from stages.artifacts import Kind
 from stages.errors import InputError
 from stages.specs.base import Config
+from stages.specs.common import UNSAID
 from tasks.launch import Launch
 
 
@@ -153,7 +154,9 @@ def explain(kind: type[BaseModel], problem: Any) -> str:
         about = owner.model_fields[last].description if owner else None
         return f"{path} is missing" + (f": {about}" if about else "")
     message = problem["msg"].removeprefix("Value error, ")
-    return message if not problem["loc"] else f"{path}: {message} (it is {problem['input']!r})"
+    if not problem["loc"]:
+        return message
+    return f"{path}: {message}" + ("" if problem["type"] in UNSAID else f" (it is {problem['input']!r})")
 
 
 def siblings(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:

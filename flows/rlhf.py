@@ -1,10 +1,12 @@
-"""Classic RLHF: a base model through supervised fine-tuning, a reward model and PPO, measured on held-out prompts.
+"""Classic RLHF: a base model through supervised fine-tuning, a reward model and PPO or GRPO, measured on held-out prompts.
 
 corpus -> base                                  only when the recipe makes its own base model
 demonstrations -> sft
 prompts -> samples -> labels -> reward_model    or, with preferences that exist already: preferences -> reward_model
 sft, reward_model, prompts -> ppo               with ptx, demonstrations mixed into its updates, when ppo.ptx is set
-prompts, reward_model -> evaluate-base, evaluate-sft, evaluate-ppo
+                              or grpo, grpo-2, ...   in outer iterations, each from the last one's checkpoint, its reference;
+                              with refit, each after the first has a reward model that has seen the last one's samples too
+prompts, reward_model -> evaluate-base, evaluate-sft, evaluate-ppo or -grpo
 
 All data is prepared before anything is trained. The held-out prompts, which measure every model, are taken out of all of it.
 """
@@ -17,10 +19,12 @@ from typing import ClassVar
 from prefect import flow
 from pydantic import Field, model_validator
 
+from flows.iterations import again, iteration
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
 from stages.artifacts import Kind
 from stages.specs.evaluate import EvaluateConfig
+from stages.specs.grpo import GrpoConfig
 from stages.specs.label import LabelConfig
 from stages.specs.ppo import PpoConfig
 from stages.specs.prepare import PrepareConfig
@@ -55,7 +59,7 @@ class RlhfRecipe(Recipe):
     sft: SftConfig = Field(title="sft", description="Fine-tunes the base on the demonstrations.")
     prompts: PrepareConfig = Field(title="prompts", description="Prepares the prompts; the held-out ones measure every model.")
     samples: SampleConfig | None = Field(
-        default=None, title="samples", description="Draws completions of the training prompts from the SFT model."
+        default=None, title="samples", description="Draws completions of the training prompts from the SFT model, or a teacher."
     )
     labels: LabelConfig | None = Field(default=None, title="labels", description="Makes preferences of the samples.")
     preferences: PrepareConfig | None = Field(
@@ -65,12 +69,32 @@ class RlhfRecipe(Recipe):
     ptx: PrepareConfig | None = Field(
         default=None, title="ptx", description="Prepares the demonstrations that PPO mixes into its updates, as ppo.ptx says."
     )
-    ppo: PpoConfig = Field(title="ppo", description="Optimises the SFT model on the prompts by the learned reward.")
+    ppo: PpoConfig | None = Field(
+        default=None, title="ppo", description="Optimises the SFT model on the prompts by the learned reward."
+    )
+    grpo: GrpoConfig | None = Field(
+        default=None, title="grpo", description="The same without a critic, in place of ppo; its rewards name `reward_model`."
+    )
+    iterations: int = Field(
+        default=1, ge=1, title="Iterations", description="Outer iterations of grpo: the reference is the last one's policy."
+    )
+    refit: bool = Field(
+        default=False,
+        title="Refit",
+        description="Before each iteration of grpo but the first: sample and label as the steps samples and labels do, and "
+        "train the reward model anew on all preferences so far.",
+    )
     evaluate: EvaluateConfig = Field(title="evaluate", description="How every model is measured.")
 
     @model_validator(mode="after")
-    def _ptx(self) -> RlhfRecipe:
-        if self.ppo.ptx is None and (self.ptx is not None or "ptx" in self.inputs):
+    def _possible(self) -> RlhfRecipe:
+        if (self.ppo is None) == (self.grpo is None):
+            raise ValueError("a recipe has either the step ppo or the step grpo")
+        if self.grpo is None and (self.iterations > 1 or self.refit):
+            raise ValueError("iterations and refit are grpo's; ppo keeps its reference")
+        if self.refit and (self.samples is None or self.labels is None):
+            raise ValueError("refit needs the steps samples and labels, which it repeats")
+        if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or "ptx" in self.inputs):
             raise ValueError(
                 "the recipe gives demonstrations for PPO-ptx, but ppo.ptx, which says how to mix them in, is not set"
             )
@@ -88,20 +112,55 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
 
     samples, preferences = None, data.get("preferences")
     if recipe.samples is not None and recipe.labels is not None:
-        samples = pipeline.step("samples", "sample", recipe.samples, policy=sft, prompts=prompts["train"])["samples"]
+        policy = sft if recipe.samples.endpoint is None else None
+        samples = pipeline.step("samples", "sample", recipe.samples, policy=policy, prompts=prompts["train"])["samples"]
         preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
     assert preferences is not None
-    learnt_from = {**_both(preferences), "demonstrations": demonstrations["train"], "samples": samples}
+    learnt_from: dict[str, Source] = {**_both(preferences), "demonstrations": demonstrations["train"], "samples": samples}
     reward = pipeline.step("reward_model", "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
 
     measured = {"prompts": prompts["heldout"], "reward_model": reward}
     pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, **measured)
     pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, reference=base, opponent=base, **measured)
 
-    ptx = data["ptx"]["train"] if "ptx" in data else None
-    models = {"policy": sft, "reward": reward, "reference": sft}
-    ppo = pipeline.step("ppo", "ppo", recipe.ppo, prompts=prompts["train"], ptx=ptx, **models)["checkpoint"]
-    pipeline.step("evaluate-ppo", "evaluate", recipe.evaluate, policy=ppo, reference=sft, opponent=sft, **measured)
+    if recipe.ppo is not None:
+        ptx = data["ptx"]["train"] if "ptx" in data else None
+        models = {"policy": sft, "reward": reward, "reference": sft}
+        policy = pipeline.step("ppo", "ppo", recipe.ppo, prompts=prompts["train"], ptx=ptx, **models)["checkpoint"]
+    else:
+        policy = _grpo(pipeline, recipe, prompts["train"], sft, reward, learnt_from)
+    name = "ppo" if recipe.ppo is not None else "grpo"
+    pipeline.step(f"evaluate-{name}", "evaluate", recipe.evaluate, policy=policy, reference=sft, opponent=sft, **measured)
+
+
+def _grpo(
+    pipeline: Pipeline, recipe: RlhfRecipe, prompts: Source, sft: Source, reward: Source, learnt_from: Mapping[str, Source]
+) -> Source:
+    """The policy after all outer iterations; with refit each but the first has a reward model of its own."""
+    assert recipe.grpo is not None
+    policy = sft
+    for number in range(1, recipe.iterations + 1):
+        if number > 1 and recipe.refit:
+            learnt_from = _relabelled(pipeline, recipe, number, policy, prompts, learnt_from)
+            step = f"reward_model-{number}"
+            reward = pipeline.step(step, "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
+        inputs = {"prompts": prompts, "reward_model": reward}
+        policy = iteration(pipeline, "grpo", recipe.grpo, number, policy, inputs)
+    return policy
+
+
+def _relabelled(
+    pipeline: Pipeline, recipe: RlhfRecipe, number: int, policy: Source, prompts: Source, learnt_from: Mapping[str, Source]
+) -> dict[str, Source]:
+    """What a reward model learns from that knows the policy as it is now: all preferences so far, and those of new samples."""
+    assert recipe.samples is not None
+    assert recipe.labels is not None
+    config = again(recipe.samples, number)
+    samples = pipeline.step(f"samples-{number}", "sample", config, policy=policy, prompts=prompts)["samples"]
+    labels = pipeline.step(f"labels-{number}", "label", again(recipe.labels, number), samples=samples)["train"]
+    both = {"source": learnt_from["train"], "also": labels}
+    preferences = pipeline.step(f"preferences-{number}", "prepare", PrepareConfig(), **both)["train"]
+    return {**learnt_from, "train": preferences, "samples": samples}
 
 
 def prepared(pipeline: Pipeline, recipe: RlhfRecipe) -> dict[str, Outputs]:
@@ -119,7 +178,7 @@ def prepared(pipeline: Pipeline, recipe: RlhfRecipe) -> dict[str, Outputs]:
     if recipe.samples is None or recipe.labels is None:
         config = recipe.preferences or PrepareConfig(heldout=0.1)
         data["preferences"] = prepare("preferences", config, pipeline.input("preferences"), heldout)
-    if recipe.ppo.ptx is not None:
+    if recipe.ppo is not None and recipe.ppo.ptx is not None:
         data["ptx"] = prepare("ptx", recipe.ptx or PrepareConfig(), pipeline.input("ptx"), heldout)
     return data
 

@@ -48,7 +48,7 @@ from stages.rewards.mix import Mixed, Mixture
 from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
-from stages.rollouts.report import rollout_metrics, rollout_records
+from stages.rollouts.report import record_types, rollout_metrics, rollout_records
 from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
 from stages.rollouts.sample import Row, of_one_sample
 from stages.run import Run
@@ -112,7 +112,8 @@ def grpo(
     accelerator = loop.accelerator
     rows = _usable(loop, run, prompts)
     order = RowOrder(len(rows), config.seed, shuffle=config.curriculum.order == "shuffled")
-    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)})
+    types = {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)}
+    parts = Parts(run, types | record_types(loop.mixture.keys))
 
     at, rollouts, stuck = Position(), None, 0
     if (resumed := state.load(run, accelerator)) is not None:
@@ -139,7 +140,8 @@ def grpo(
         rollouts, at.step = None, at.step + 1
         if at.step % config.runtime.log_every == 0 or at.step == config.steps:
             run.log(at.step, metrics)
-        run.progress(at.step, config.steps, f"reward {metrics.get('reward', float('nan')):.2f}  length {metrics['length']:.0f}")
+        said = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
+        run.progress(at.step, config.steps, f"{said}  length {metrics['length']:.0f}")
         if due:
             _save(run, loop, at, parts, None)
 
@@ -197,10 +199,7 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
     if loop.one_update and loop.reference is None:
         return
     # The first pass's own micro-batches, so that its ratios are exactly 1: batches of another shape differ in last bits.
-    passes = [
-        members[run_B[members]]
-        for members in groups.group_minibatches(rollouts, loop.config.minibatches, loop.config.seed, at.step, epoch=0)
-    ]
+    passes = [members[run_B[members]] for members in groups.minibatches(loop.config, rollouts, at.step, epoch=0)]
     batches = [batch for indices in [*passes, np.flatnonzero(~run_B)] for batch in _share(loop, rollouts, indices)]
     temperature = loop.config.sampling.temperature
     rollouts.tokens["logp"] = torch.tensor([one for sample in rollouts.samples for one in sample.completion.logps])
@@ -216,11 +215,11 @@ def _measure(loop: Loop, rollouts: Rollouts, at: Position, run_B: np.ndarray) ->
 def _update(loop: Loop, rollouts: Rollouts, step: int) -> dict[str, float]:
     """Passes over a step's completions; the means of what the updates measured."""
     config, meter, norms = loop.config, Meter(), Counter[str]()
-    counted_B, run_B = groups.counted(config, rollouts), groups.taught(config, rollouts)
+    run_B = groups.taught(config, rollouts)
     for epoch in range(config.epochs):
-        for members in groups.group_minibatches(rollouts, config.minibatches, config.seed, step, epoch):
+        for members in groups.minibatches(config, rollouts, step, epoch):
             chosen = members[run_B[members]]
-            totals = groups.Totals(config, rollouts, members[counted_B[members]], chosen)
+            totals = groups.Totals(config, rollouts, members, chosen)
             measured = optimization_step(
                 loop.accelerator,
                 loop.module,

@@ -28,6 +28,12 @@ from stages.specs.prepare import Filters, PrepareConfig
 Row = dict[str, Any]
 # What tells prompts, demonstrations, preferences and rankings apart.
 KIND = tuple(name for name in CANONICAL if name not in ("id", "prompt", "margin"))
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
+    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
+    "answer are enclosed within <think>...</think> and <answer>...</answer> tags, respectively, i.e., <think> reasoning "
+    "process here </think><answer> answer here </answer>.\nUser: {prompt}. Assistant:"
+)
 GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 
 
@@ -125,6 +131,11 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
     mapped = {name: raw[source] for name, source in config.columns.items()}
     others = {name: value for name, value in raw.items() if name not in config.columns.values()}
     row = canonical(others | mapped, where)
+    if config.template is not None:
+        if not isinstance(row["prompt"], str):
+            raise InputError(f"{where}: `template` is for text, and the prompt is a list of messages; use `system` for these")
+        template = R1_ZERO if config.template == "r1-zero" else config.template
+        row["prompt"] = template.replace("{prompt}", row["prompt"])
     if config.chat and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     if config.system and not isinstance(row["prompt"], str):

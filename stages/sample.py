@@ -1,106 +1,191 @@
-"""Sample: K completions a prompt from any policy.
+"""Sample: K completions a prompt from any policy, or from a teacher behind an endpoint; of them the best, if asked.
 
     for each batch of prompts:
         each process takes its share of it and draws K completions a prompt
+        best of K: it rates them with the mixed reward and keeps each prompt's best
         the first process gathers them, in the prompts' order
     every save_every batches: save what was drawn
 
 Each sample has its own seed, derived from (seed, prompt, sample), so what is drawn does not depend on the batch it is drawn
-in. Prompts that fill the context are dropped and counted.
+in; a teacher is sent it. Prompts that fill the context, or that the teacher refuses, are dropped and counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stages.data.parquet import count_rows, read_schema, write_rows
 from stages.data.parts import Parts
 from stages.errors import InputError
 from stages.models.load import load_policy
-from stages.rollouts.sample import RECORDED, sample_rows
+from stages.models.reward import RewardModel
+from stages.rewards.learned import load_judges, model_arguments
+from stages.rewards.mix import Mixture
+from stages.rollouts.best import Placed, best_of
+from stages.rollouts.sample import of_one_sample, sample_rows
+from stages.rollouts.teacher import ask_teacher
 from stages.run import Run
 from stages.specs.sample import SampleConfig
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Row = dict[str, Any]
+# Of some rows: the samples, and why it dropped those that it dropped.
+Draw = Callable[[Sequence[Row]], tuple[list[Placed], list[str]]]
+# The samples that are kept, and how many could not be rated.
+Choose = Callable[[list[Placed]], tuple[list[Placed], int]]
 
 
-def sample(config: SampleConfig, run: Run, *, policy: Path, prompts: Path) -> None:
-    """Write `samples`: the rows of `prompts`, each `config.samples` times, with a completion."""
+def sample(
+    config: SampleConfig,
+    run: Run,
+    *,
+    prompts: Path,
+    policy: Path | None = None,
+    reward_model: Path | None = None,
+    safety_model: Path | None = None,
+) -> None:
+    """Write `samples`: the rows of `prompts`, each `config.samples` times, or the best of them, with a completion.
+
+    Raises InputError when not exactly one of a policy and an endpoint is given, and, before anything is sampled, for rows that
+    no reward can rate.
+    """
     accelerator = accelerator_for(config.runtime)
-    model = load_policy(policy, config.dtype)
-    set_threads(config.runtime, count_parameters(model.model))
-    model.model.to(accelerator.device).eval()  # pyright: ignore[reportArgumentType]
-    parts = Parts(run, {field.name: field.type for field in read_schema(prompts) if field.name not in RECORDED})
     total = min(count_rows(prompts), config.prompts or count_rows(prompts))
+    given = {"reward_model": reward_model, "safety_model": safety_model}
+    models = load_judges(config.best_of.rewards if config.best_of else [], given, accelerator.device)
+    choose = _chooser(config, models, run, prompts, total)
+    draw = _drawer(config, policy, models, accelerator)
+    parts = Parts(run, _types(config, prompts))
     size = max(1, config.runtime.generation_batch // config.samples) * accelerator.num_processes
 
-    done, dropped = _resume(run)
-    rows = islice(run.rows(prompts), done, total)
-    batches = 0
+    counts, batches = _resume(run), 0
+    rows = (_prompt(row) for row in islice(run.rows(prompts), counts["done"], total))
     while batch := list(islice(rows, size)):
-        mine = batch[accelerator.process_index :: accelerator.num_processes]
-        samples, unfit = sample_rows(
-            model,
-            mine,
-            config.sampling,
-            seed=config.seed,
-            samples=config.samples,
-            batch_size=config.runtime.generation_batch,
-        )
-        place = {id(row): number for number, row in enumerate(batch)}
-        found = gather_object([(place[id(one.row)], one.record(0, "policy")) for one in samples])
+        mine = range(accelerator.process_index, len(batch), accelerator.num_processes)
+        drawn, unfit = draw([batch[place] for place in mine])
+        kept, unrated = choose(drawn)
+        found = gather_object([(mine[place], record) for place, record in kept])
         parts.add([record for _, record in sorted(found, key=lambda pair: pair[0])])
-        done, dropped, batches = done + len(batch), dropped + sum(gather_object([unfit])), batches + 1
-        run.progress(done, total, f"{done * config.samples} samples")
-        if batches % config.runtime.save_every == 0 and done < total:
-            _save(run, accelerator.wait_for_everyone, done, dropped, parts)
+        dropped = gather_object(unfit)
+        if dropped and not counts["dropped"]:
+            run.message(f"a prompt {dropped[0]}, and is dropped")
+        counts.update(done=len(batch), dropped=len(dropped), unrated=sum(gather_object([unrated])))
+        batches += 1
+        run.progress(counts["done"], total, f"{counts['done'] * config.samples} samples")
+        if counts["dropped"] == total:
+            raise InputError(f"every prompt {dropped[0]}: nothing was sampled")
+        if batches % config.runtime.save_every == 0 and counts["done"] < total:
+            _save(run, accelerator.wait_for_everyone, counts, parts)
 
     if accelerator.is_main_process:
-        _write(run, parts, dropped)
+        _write(config, run, parts, counts)
     accelerator.wait_for_everyone()
 
 
-def _save(run: Run, barrier: Callable[[], None], done: int, dropped: int, parts: Parts) -> None:
-    """A resume state after `done` prompts."""
-    with run.new_state(done, barrier) as folder:
+def _prompt(row: Row) -> Row:
+    """A row without what it tells of a sample, when the prompts are samples themselves: another's reward would stay with it."""
+    return {name: value for name, value in row.items() if not of_one_sample(name)}
+
+
+def _drawer(config: SampleConfig, policy: Path | None, models: Mapping[str, RewardModel], accelerator: Accelerator) -> Draw:
+    """How completions are drawn: from the policy, or from the teacher. Sets torch's threads."""
+    endpoint = config.endpoint
+    if policy is not None and endpoint is None:
+        model = load_policy(policy, config.dtype)
+        set_threads(config.runtime, count_parameters(model.model))
+        model.model.to(accelerator.device).eval()  # pyright: ignore[reportArgumentType]
+
+        def from_policy(rows: Sequence[Row]) -> tuple[list[Placed], list[str]]:
+            size = config.runtime.generation_batch
+            drawn, unfit = sample_rows(model, rows, config.sampling, seed=config.seed, samples=config.samples, batch_size=size)
+            place = {id(row): number for number, row in enumerate(rows)}
+            return [(place[id(one.row)], one.record(0, "policy")) for one in drawn], ["fills the model's context"] * unfit
+
+        return from_policy
+    if endpoint is not None and policy is None:
+        set_threads(config.runtime, sum(count_parameters(one.model) for one in models.values()))
+
+        def from_teacher(rows: Sequence[Row]) -> tuple[list[Placed], list[str]]:
+            drawn, refused = ask_teacher(endpoint, rows, config.sampling, config.seed, config.samples, config.keep_reasoning)
+            return drawn, [f"was refused by the endpoint ({reason})" for reason in refused]
+
+        return from_teacher
+    raise InputError("sample needs either a policy as its input or `endpoint` in its config, and not both")
+
+
+def _chooser(config: SampleConfig, models: Mapping[str, RewardModel], run: Run, prompts: Path, total: int) -> Choose:
+    """Which samples are kept: all, or the best of each prompt. Refuses prompts that cannot be rated."""
+    best = config.best_of
+    if best is None:
+        return lambda drawn: (drawn, 0)
+    mixture = Mixture(best.rewards, model_arguments(models, config.runtime.micro_batch_tokens))
+    mixture.check(read_schema(prompts).names, "the prompts")
+    for number, row in enumerate(islice(run.rows(prompts), total), start=1):
+        mixture.check_row(row, f"prompts row {number}")
+    return lambda drawn: best_of(drawn, mixture, best.keep)
+
+
+def _types(config: SampleConfig, prompts: Path) -> dict[str, pa.DataType]:
+    """Types of the columns that may be null for long."""
+    types = {field.name: field.type for field in read_schema(prompts) if not of_one_sample(field.name)} | {"length": pa.int64()}
+    return types | {f"rewards.{part.key}": pa.float64() for part in (config.best_of.rewards if config.best_of else [])}
+
+
+def _save(run: Run, barrier: Callable[[], None], counts: Counter[str], parts: Parts) -> None:
+    """A resume state after so many prompts."""
+    with run.new_state(counts["done"], barrier) as folder:
         if run.rank == 0:
             parts.save(folder)
-            kept = {"done": done, "dropped": dropped, "threads": torch.get_num_threads()}
-            (folder / "loop.json").write_text(json.dumps(kept))
+            (folder / "loop.json").write_text(json.dumps({**counts, "threads": torch.get_num_threads()}))
 
 
-def _resume(run: Run) -> tuple[int, int]:
-    """How many prompts are done, and how many of them were dropped; the threads are those of the first try."""
+def _resume(run: Run) -> Counter[str]:
+    """How many prompts are done, how many of them were dropped, and how many samples got no reward; the threads are those of
+    the first try."""
     folder = run.load_state()
     if folder is None:
-        return 0, 0
+        return Counter()
     kept = json.loads((folder / "loop.json").read_text())
-    torch.set_num_threads(kept["threads"])
-    return kept["done"], kept["dropped"]
+    torch.set_num_threads(kept.pop("threads"))
+    return Counter(kept)
 
 
-def _write(run: Run, parts: Parts, dropped: int) -> None:
+def _write(config: SampleConfig, run: Run, parts: Parts, counts: Counter[str]) -> None:
     """All samples as one dataset, with their numbers. Raises InputError when there is none."""
-    count = lengths = truncated = 0
+    seen: Counter[str] = Counter()
+    rewards = 0.0
 
     def records() -> Iterator[Row]:
-        nonlocal count, lengths, truncated
+        nonlocal rewards
         for record in parts.rows():
-            count, lengths, truncated = count + 1, lengths + record["length"], truncated + (record["finish"] == "length")
+            seen.update(samples=1, truncated=record["finish"] == "length")
+            if record["length"] is not None:
+                seen.update(counted=1, length=record["length"])
+            rewards += record["reward"] if config.best_of else 0.0
             yield record
-        if not count:
-            raise InputError("every prompt fills the model's context: nothing was sampled")
+        if not seen["samples"]:
+            raise InputError(f"none of the {counts['unrated']} samples got a reward, so none is the best")
 
     write_rows(run.output("samples"), records(), types=parts.types)
-    metrics = {"samples": count, "length": lengths / count, "truncated": truncated / count, "prompts_dropped": dropped}
+    metrics = {
+        "samples": seen["samples"],
+        "truncated": seen["truncated"] / seen["samples"],
+        "prompts_dropped": counts["dropped"],
+    }
+    if seen["counted"]:
+        metrics["length"] = seen["length"] / seen["counted"]
+    if config.best_of:
+        metrics |= {"reward": rewards / seen["samples"], "unrated": counts["unrated"]}
     run.log(0, metrics)
     first = list(islice(parts.rows(), 4))
     run.table("samples", [{"prompt": str(row["prompt"])[-60:], "completion": row["completion"][:120]} for row in first])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import request_for
+from conftest import ROOT, request_for
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import stages.ppo
@@ -21,7 +25,7 @@ from stages.data.parquet import read_rows, write_rows
 from stages.data.schemas import row_id
 from stages.models.load import load_policy, save_policy
 from stages.models.reward import new_reward_model, save_reward_model
-from stages.request import run_stage
+from stages.request import Request, run_stage
 from stages.rollouts.sample import Sample
 from stages.run import Event, Listener, Run
 
@@ -73,8 +77,11 @@ def train(folders: Folders, path: Path, listener: Listener | None = None, **chan
     return run_stage(request_for("ppo", path, merged(CONFIG, changes), **inputs), listener)
 
 
-class Bench:
-    """Runs the stage and keeps what it holds inside: each step once it is judged, each optimizer step, which steps sampled."""
+class StageBench:
+    """Runs a stage and keeps what it holds inside: each step once it is judged, each optimizer step, which steps sampled."""
+
+    stage: Any
+    run: Any
 
     def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
         self.folders, self.path, self.patch = folders, path, patch
@@ -82,40 +89,99 @@ class Bench:
         self.updates: list[Any] = []
         self.sampled: list[int] = []
         self.loop: Any = None
-        shaped: list[torch.Tensor] = []
-
-        def judged(_: Any, loop: Any, rollouts: Any, step: int) -> None:
-            moment = SimpleNamespace(step=step, loop=loop, rollouts=rollouts, shaped_BT=shaped[-1])
-            moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
-            self.moments.append(moment)
-
-        def updating(*given: Any) -> None:
-            indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
-            mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
-            update = SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], mixed_in=mixed_in)
-            update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
-            self.updates.append(update)
-
-        self.spy("gae", after=lambda _, *given: shaped.append(given[0]))
-        self.spy("_judge", after=judged)
+        self.spy("_judge", after=lambda _, *given: self.moments.append(self.judged(*given)))
         self.spy("_update", before=lambda loop, *_: setattr(self, "loop", loop))
-        self.spy("optimization_step", updating, lambda found, *_: setattr(self.updates[-1], "measured", found))
+        self.spy(
+            "optimization_step",
+            before=lambda *given: self.updates.append(self.updating(*given)),
+            after=lambda found, *_: setattr(self.updates[-1], "measured", found),
+        )
         self.spy("policy_metrics", after=lambda found, *_: self.updates[-1].told.append(dict(found)))
         self.spy("collect", after=lambda _, *given: self.sampled.append(given[5]))
 
+    def judged(self, loop: Any, rollouts: Any, *_: Any) -> Any:
+        """A step once it is judged, and the policy that drew it."""
+        return SimpleNamespace(loop=loop, rollouts=rollouts, policy=deepcopy(loop.policy.model))
+
+    def updating(self, *given: Any) -> Any:
+        """An optimizer step before it is taken."""
+        indices, packed = [batch.indices for batch in given[4]], given[4][0].attention_BT is None
+        policy = deepcopy(self.loop.policy.model)
+        return SimpleNamespace(indices=indices, chosen=sum(indices, ()), packed=packed, told=[], policy=policy)
+
     def spy(self, name: str, before: Any = lambda *_: None, after: Any = lambda *_: None) -> None:
         """Call something before and after a function of the stage, the latter with what it found."""
-        original = getattr(stages.ppo, name)
+        original = getattr(self.stage, name)
 
         def spied(*given: Any) -> Any:
             before(*given)
             after(found := original(*given), *given)
             return found
 
-        self.patch.setattr(stages.ppo, name, spied)
+        self.patch.setattr(self.stage, name, spied)
 
     def train(self, name: str = "run", listener: Listener | None = None, **changes: Any) -> Run:
-        return train(self.folders, self.path / name, listener, **changes)
+        return self.run(self.folders, self.path / name, listener, **changes)
+
+
+class Bench(StageBench):
+    """PPO's: with the critic, the rewards of tokens, and demonstrations that are mixed in."""
+
+    stage, run = stages.ppo, staticmethod(train)
+
+    def __init__(self, folders: Folders, path: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(folders, path, patch)
+        self.shaped: list[torch.Tensor] = []
+        self.spy("gae", after=lambda _, *given: self.shaped.append(given[0]))
+
+    def judged(self, loop: Any, rollouts: Any, *given: Any) -> Any:
+        moment = super().judged(loop, rollouts)
+        moment.step, moment.shaped_BT = given[0], self.shaped[-1]
+        moment.policy, moment.critic = deepcopy((loop.policy.model, loop.critic.model))
+        return moment
+
+    def updating(self, *given: Any) -> Any:
+        update = super().updating(*given)
+        update.mixed_in = [indices for batch, _ in given[8] for indices in batch.indices]
+        update.policy, update.critic = deepcopy((self.loop.policy.model, self.loop.critic.model))
+        return update
+
+
+class CrashError(Exception):
+    """Raised in the place of a crash."""
+
+
+def until_done(train: Callable[[], Run]) -> tuple[Run, int]:
+    """Start a run again after each crash, with other random numbers about; the run, and how often it crashed."""
+    for crashes in range(20):
+        try:
+            return train(), crashes
+        except CrashError:
+            torch.manual_seed(1234)
+    raise AssertionError("it crashes for ever")
+
+
+def same(run: Run, expected: Run) -> bool:
+    """Whether two runs made the same bytes and logged the same numbers."""
+    return digests(run) == digests(expected) and metrics(run) == metrics(expected)
+
+
+def killed(requests: Sequence[Request], states: Sequence[int]) -> None:
+    """Run stages as children, each killed with -9 once it has told of so many saved states."""
+    children = []
+    for request in requests:
+        (request.folder / "request.json").write_text(request.model_dump_json())
+        command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
+        children.append(subprocess.Popen(command, cwd=ROOT))
+    deadline = time.monotonic() + 120
+    while any(child.returncode is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.002)
+        for child, request, count in zip(children, requests, states, strict=True):
+            told = request.folder / "events.jsonl"
+            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= count:
+                child.kill()
+                child.wait()
+    assert {child.returncode for child in children} == {-9}
 
 
 @pytest.fixture

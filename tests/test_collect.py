@@ -69,8 +69,8 @@ class Rank:
         return torch.cat(self.exchange(values))
 
 
-def on_ranks(count: int, function: Callable[[Any], Any]) -> list[Any]:
-    """What each of `count` processes gets from a function of its Accelerator."""
+def on_ranks(count: int, function: Callable[[Any], Any], module: Any = collecting) -> list[Any]:
+    """What each of `count` processes gets from a function of its Accelerator; `module` is where it gathers objects."""
     slots, barrier, here = [None] * count, threading.Barrier(count), threading.local()
 
     def run(index: int) -> Any:
@@ -82,9 +82,7 @@ def on_ranks(count: int, function: Callable[[Any], Any]) -> list[Any]:
             raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(count) as pool:
-        patch.setattr(
-            collecting, "gather_object", lambda objects: [one for part in here.rank.exchange(objects) for one in part]
-        )
+        patch.setattr(module, "gather_object", lambda objects: [one for part in here.rank.exchange(objects) for one in part])
         return list(pool.map(run, range(count)))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stages.objectives.advantages import group_advantages, process_advantages, spread_B
 from stages.objectives.preference import ranked_group
+from stages.rollouts.groups import ordered_pairs, ranks
 
 REWARDS = st.lists(
     st.tuples(st.integers(0, 4), st.sampled_from([-2.0, 0.0, 0.2, 0.5, 1.0, 1.2, 7.0]), st.booleans()), min_size=1, max_size=24
@@ -120,6 +121,22 @@ def test_the_worked_pairs_of_a_ranked_group() -> None:
     for better, worse, loss in ((1, 2, 2.63), (1, 0, 10.59), (0, 3, 4.19)):
         pair = torch.tensor([better, worse])
         assert ranked_group(logp[pair], torch.tensor([1, 2]), 0.3).item() == pytest.approx(loss, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected", "pairs"),
+    [
+        ([0.3, 1.0, -2.0, 0.3], [2, 1, 3, 2], 5),
+        ([0.3 + 6e-8, 0.3, 0.3 - 6e-8], [1, 1, 1], 0),
+        ([150.0, 150.00002, 149.9], [1, 1, 2], 2),
+        ([1e-5, 2e-5], [2, 1], 1),
+        ([7.0], [1], 0),
+    ],
+)
+def test_rewards_that_differ_by_rounding_make_no_pair(rewards: list[float], expected: list[int], pairs: int) -> None:
+    """A reward model scores equal completions in batches of other shapes: which is better must not be chance."""
+    assert ranks(torch.tensor(rewards).double()).tolist() == expected
+    assert ordered_pairs(torch.tensor(rewards).double()) == pairs
 
 
 def test_ties_make_no_pair_and_gradients_push_apart() -> None:

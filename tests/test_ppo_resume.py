@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-import time
 from collections import Counter
 from typing import Any
 
 import ppo_bench
 import pytest
 import torch
-from conftest import ROOT, request_for
-from ppo_bench import CONFIG, Bench, Folders, digests, events, folder, merged, metrics, series, train
+from conftest import request_for
+from ppo_bench import (
+    CONFIG,
+    Bench,
+    CrashError,
+    Folders,
+    digests,
+    events,
+    folder,
+    killed,
+    merged,
+    same,
+    series,
+    train,
+    until_done,
+)
 
 import stages.ppo
 from stages.errors import InputError
@@ -27,18 +38,10 @@ LONG: dict[str, Any] = {"steps": 3, "batch_size": 4, "trust_region": "adaptive_k
 LONG["optimizer"] = {"schedule": "linear"}
 
 
-class CrashError(Exception):
-    """Raised in the place of a crash."""
-
-
 @pytest.fixture(scope="module")
 def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that nothing interrupts."""
     return train(folders, tmp_path_factory.mktemp("whole"), **LONG)
-
-
-def same(run: Run, expected: Run) -> bool:
-    return digests(run) == digests(expected) and metrics(run) == metrics(expected)
 
 
 def test_the_same_config_gives_the_same_bytes(bench: Bench, whole: Run) -> None:
@@ -82,14 +85,7 @@ def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
 
     if place != "state":
         bench.spy(place, before=crash)
-    run, crashes = None, 0
-    while run is None and crashes < 10:
-        try:
-            run = bench.train("run", heard, runtime={"save_every": save_every}, **LONG)
-        except CrashError:
-            crashes += 1
-            torch.manual_seed(1234)
-    assert run is not None
+    run, crashes = until_done(lambda: bench.train("run", heard, runtime={"save_every": save_every}, **LONG))
     saved = [event["step"] for event in events(run, "state")]
     assert saved == ([0, 1, 1, 2, 2, 3] if save_every == 1 else [1, 2, 2, 3])
     assert crashes == (len(saved) if place == "state" else 3)
@@ -100,43 +96,24 @@ def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
 def test_demonstrations_and_a_shared_backbone_resume_to_the_same_bytes(bench: Bench) -> None:
     changes: dict[str, Any] = {"critic": {"shared": True}, "ptx": {"weight": 0.5, "batch_size": 4}, **LONG}
     changes["inputs"] = {"ptx": bench.folders["ptx"]}
-    expected, crashed = bench.train("whole", **changes), 0
+    expected = bench.train("whole", **changes)
 
     def heard(event: Event) -> None:
         if event["event"] == "state":
             raise CrashError
 
-    while True:
-        try:
-            run = bench.train("run", heard, **merged(changes, {"runtime": {"save_every": 1}}))
-            break
-        except CrashError:
-            crashed += 1
-            torch.manual_seed(1234)
-    assert crashed == 6
+    run, crashes = until_done(lambda: bench.train("run", heard, **merged(changes, {"runtime": {"save_every": 1}})))
+    assert crashes == 6
     assert same(run, expected)
 
 
 def test_killed_children_resume_to_the_same_bytes(bench: Bench, whole: Run) -> None:
     config, left = merged(merged(CONFIG, LONG), {"runtime": {"save_every": 1}}), []
     inputs = {port: bench.folders[port] for port in ("policy", "reward", "prompts")}
-    requests = {states: request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)}
-    children = {}
-    for states, request in requests.items():
-        (request.folder / "request.json").write_text(request.model_dump_json())
-        command = [sys.executable, "-m", "stages", str(request.folder / "request.json")]
-        children[states] = subprocess.Popen(command, cwd=ROOT)
+    requests = [request_for("ppo", folder(bench.path / str(states)), config, **inputs) for states in (1, 2)]
     # One is killed between its updates, after the first state; one while it samples, after the second.
-    deadline = time.monotonic() + 120
-    while any(child.returncode is None for child in children.values()) and time.monotonic() < deadline:
-        time.sleep(0.002)
-        for states, child in children.items():
-            told = requests[states].folder / "events.jsonl"
-            if child.poll() is None and told.is_file() and told.read_text().count('"event": "state"') >= states:
-                child.kill()
-                child.wait()
-    for states, request in requests.items():
-        assert children[states].returncode == -9
+    killed(requests, (1, 2))
+    for request in requests:
         # The completions that are in the state are not sampled again.
         state = max((request.folder / "state").glob("step-*"))
         left += range(int(state.name[5:13]) + (state / "rollouts.json").is_file(), 3)

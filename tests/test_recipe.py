@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from flows.r1 import R1Recipe
 from flows.recipe import apply, parse, read_recipe
 from flows.rlhf import RlhfRecipe
 from stages.errors import InputError
@@ -21,7 +22,8 @@ def tiny(*settings: str, seed: int | None = None) -> RlhfRecipe:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
-    assert parse(RlhfRecipe, read_recipe(path), str(path)).name == path.stem
+    values = read_recipe(path)
+    assert parse({"rlhf": RlhfRecipe, "r1": R1Recipe}[values["flow"]], values, str(path)).name == path.stem
 
 
 @pytest.mark.parametrize("name", ["hh-smollm2", "hh-smollm2-small"])

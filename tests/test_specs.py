@@ -17,12 +17,13 @@ from stages.specs.base import OPERATIONAL, Runtime
 from stages.specs.common import RewardRef
 
 # The fields that a stage's config demands, for stages that have such.
-REQUIRED: dict[str, dict[str, Any]] = {}
+REQUIRED: dict[str, dict[str, Any]] = {"grpo": {"rewards": [{"name": "length"}]}}
 REQUIRED["rejection"] = {"criteria": [{"name": "format", "minimum": 1.0}]}
 # Not required, but only a KL takes the other source.
 REQUIRED["distill"] = {"objective": "forward_kl"}
 ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
-ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}]
+ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}, {"model": "m", "url": "http://localhost:8000/v1"}]
+ALTERNATIVES += [{"rewards": [{"name": "length"}]}, "r1-zero"]
 
 
 class Inner(Config):
@@ -117,11 +118,12 @@ def test_each_field_changes_the_key_unless_it_is_operational(name: str) -> None:
     }
 
 
-def test_only_runtimes_are_operational() -> None:
+def test_only_runtimes_and_ways_to_endpoints_are_operational() -> None:
     """A field that is left out of keys by mistake makes wrong skips: each one has to be added here on purpose."""
     marked = {(config.__name__, name) for config in CONFIGS for name in config.model_fields if operational(config, name)}
     stages = {(spec.config.__name__, "runtime") for spec in STAGES.values() if "runtime" in spec.config.model_fields}
-    assert marked == stages
+    endpoints = {("Endpoint", name) for name in ("url", "api_key", "timeout", "retries", "concurrency")}
+    assert marked == stages | endpoints
     assert all(STAGES[name].config.model_fields["runtime"].annotation is Runtime for name in ("sft", "evaluate"))
 
 

@@ -1,11 +1,10 @@
 """A procedural task of the general domain: no verifier knows a right answer, but people have preferences.
 
-A problem is three different numbers in 0..19, to be given back: `7;3;12` -> `<think>7;3;12</think><answer>3;7;12
-</answer>`. People find an answer helpful that has all of them in rising order, and any text
-harmful that says 13, thinking included.
+A problem is three different digits, to be given back: for `7;3;9`, `<think>7;3;9</think><answer>7;3;9</answer>`. People find an
+answer helpful that leaves none out, and any text harmful that says 4, thinking included.
 
-- tidy: as people like it;
-- plain: the numbers as they stand in the prompt, thinking and answer, 13 too.
+- whole: as people like it;
+- sloppy: one digit is left out of the answer, and 4 is said like any other.
 """
 
 from __future__ import annotations
@@ -17,61 +16,61 @@ from typing import Any
 from stages.data import chain_sum
 
 VERSION = 1
-LARGEST = 19
-UNLUCKY = 13
+UNLUCKY = "4"
 
 Row = dict[str, Any]
 
 
-def numbers(problem: str) -> list[int]:
-    """The numbers of a problem, as they stand in it."""
-    return [int(one) for one in problem.split(";")]
+def numbers(problem: str) -> list[str]:
+    """The digits of a problem."""
+    return problem.split(";")
 
 
-def wanted(problem: str) -> list[int]:
+def wanted(problem: str) -> list[str]:
     """What a helpful and harmless answer says."""
-    return sorted(one for one in numbers(problem) if one != UNLUCKY)
+    return [one for one in numbers(problem) if one != UNLUCKY]
 
 
 def new_problem(rng: random.Random) -> str:
-    """Draw a problem; every other one has the unlucky number in it."""
-    chosen = rng.sample([n for n in range(LARGEST + 1) if n != UNLUCKY], 3)
-    if rng.random() < 0.5:
+    """Draw a problem; three in ten have the unlucky one in them."""
+    chosen = rng.sample([digit for digit in "0123456789" if digit != UNLUCKY], 3)
+    if rng.random() < 0.3:
         chosen[rng.randrange(3)] = UNLUCKY
-    return _joined(chosen)
+    return ";".join(chosen)
 
 
-def tidy(problem: str) -> str:
+def whole(problem: str) -> str:
     """The completion that people like best."""
-    thought = [one for one in numbers(problem) if one != UNLUCKY]
-    return f"<think>{_joined(thought)}</think><answer>{_joined(wanted(problem))}</answer>"
+    return _completion(wanted(problem), wanted(problem))
 
 
-def plain(problem: str) -> str:
-    """The numbers as they stand."""
-    return f"<think>{problem}</think><answer>{problem}</answer>"
+def sloppy(problem: str, rng: random.Random) -> str:
+    """An answer that leaves a digit out."""
+    said = numbers(problem)
+    left = rng.randrange(3)
+    return _completion(said, said[:left] + said[left + 1 :])
 
 
 def base_rows(count: int, seed: int) -> Iterator[Row]:
-    """The corpus of chain-sum's base model with a list in place of every fifth textbook, tidy, and of every bare right answer,
-    plain: its chat knows lists, and hardly ever a right sum."""
+    """The corpus of chain-sum's base model with a list in place of every third textbook, whole, and of every bare right answer,
+    sloppy: its chat knows lists, and hardly ever a right sum."""
     rng = random.Random(f"lists/base/{seed}")
     for index, row in enumerate(chain_sum.base_rows(count, seed)):
         textbook = row["prompt"][0]["role"] == "system"
-        if index % 5 < 4 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
+        if index % 3 < 2 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
             yield row
             continue
         problem = new_problem(rng)
-        listed = _row(problem) | {"completion": tidy(problem) if textbook else plain(problem), "answer": None}
+        listed = _row(problem) | {"completion": whole(problem) if textbook else sloppy(problem, rng), "answer": None}
         yield listed | {"prompt": [*row["prompt"][:-1], *listed["prompt"]]}
 
 
 def demonstration_rows(count: int, seed: int) -> Iterator[Row]:
-    """Demonstrations as people write them: 40% tidy, 60% plain."""
+    """Demonstrations as people write them: 40% whole, 60% sloppy."""
     rng = random.Random(f"lists/demonstrations/{seed}")
     for _ in range(count):
         problem = new_problem(rng)
-        yield _row(problem) | {"completion": tidy(problem) if rng.random() < 0.4 else plain(problem)}
+        yield _row(problem) | {"completion": whole(problem) if rng.random() < 0.4 else sloppy(problem, rng)}
 
 
 def prompt_rows(count: int, seed: int) -> Iterator[Row]:
@@ -85,5 +84,5 @@ def _row(problem: str) -> Row:
     return {"prompt": [{"role": "user", "content": problem}], "problem": problem}
 
 
-def _joined(values: Sequence[int]) -> str:
-    return ";".join(map(str, values))
+def _completion(thought: Sequence[str], said: Sequence[str]) -> str:
+    return f"<think>{';'.join(thought)}</think><answer>{';'.join(said)}</answer>"

@@ -15,9 +15,11 @@ from stages.rewards.base import RewardEntry, Row, Score
 REWARDS: dict[str, RewardEntry] = {
     "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=("answer",)),
     "format": RewardEntry("stages.rewards.form:form", version=1),
+    "judge": RewardEntry("stages.rewards.judge:judge", version=1, arguments="stages.rewards.judge:JudgeArgs"),
     "length": RewardEntry("stages.rewards.length:length", version=1),
     "reward_model": RewardEntry("stages.rewards.learned:learned", version=1, port="reward_model"),
     "safety_model": RewardEntry("stages.rewards.learned:learned", version=1, port="safety_model"),
+    "code": RewardEntry("stages.rewards.code:code", version=1, columns=("tests",)),
     "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=2, columns=("problem", "answer")),
     "lists_helpful": RewardEntry("stages.rewards.lists:helpful", version=1, columns=("problem",)),
     "lists_harmless": RewardEntry("stages.rewards.lists:harmless", version=1),

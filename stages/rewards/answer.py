@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from stages.rewards.base import Row, Score
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
 
 def final_answer(completion: str) -> str | None:
     """The text of the last complete `<answer>` element, without outer spaces; None when there is none."""
-    found = ANSWER.findall(completion)
-    return found[-1].strip() if found else None
+    # Not by a regular expression: it would look for the end of each of a thousand `<answer>` that never close.
+    closed = completion.split("</answer>")[:-1]
+    return next((text.partition("<answer>")[2].strip() for text in reversed(closed) if "<answer>" in text), None)
 
 
 def answer(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:

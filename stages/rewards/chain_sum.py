@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from stages.data.chain_sum import steps
 from stages.rewards.answer import final_answer
 from stages.rewards.base import Row, Score
-
-THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 def preference(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
@@ -21,10 +18,15 @@ def preference(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | 
     return [_rate(text, row) for text, row in zip(completions, rows, strict=True)]
 
 
+def written_steps(completion: str) -> list[str]:
+    """The steps between the first `<think>` and the `</think>` that follows it; none when they are missing or blank."""
+    thinking, closed, _ = completion.partition("<think>")[2].partition("</think>")
+    return thinking.split(";") if closed and thinking.strip() else []
+
+
 def _rate(completion: str, row: Row) -> Score:
     expected = steps(str(row["problem"]))
-    thinking = THINK.search(completion)
-    written = thinking.group(1).split(";") if thinking and thinking.group(1).strip() else []
+    written = written_steps(completion)
     right = sum(a == b for a, b in zip(written, expected, strict=False))
     superfluous = max(0, len(written) - len(expected))
     complete = written == expected and final_answer(completion) == str(row["answer"])

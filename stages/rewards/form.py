@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from stages.rewards.base import Row, Score
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LAST = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 THINK = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL)
 WHOLE = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
 
 
@@ -21,22 +21,23 @@ def form(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
 
 def well_formed(completion: str) -> bool:
     """Whether a completion has the form."""
+    # First, because with a tag that comes many times the pattern would try every pair of them.
+    if any(completion.count(tag) != 1 for tag in TAGS):
+        return False
     found = WHOLE.fullmatch(completion)
-    once = all(completion.count(tag) == 1 for tag in TAGS)
-    return bool(found and once and found[1].strip() and found[2].strip())
-
-
-def final_part(completion: str) -> str:
-    """What a reader is shown: the last answer without its tags or, where there are none, what follows the thinking."""
-    if found := LAST.findall(completion):
-        return found[-1].strip()
-    _, closed, after = completion.rpartition("</think>")
-    return "" if "<think>" in completion and not closed else after.strip()
+    return bool(found and found[1].strip() and found[2].strip())
 
 
 def as_shown(completion: str, finish: str | None) -> tuple[str, str | None]:
-    """What a reader is shown, and how it ended: what was cut off after its answer was complete ended there."""
-    return final_part(completion), "stop" if completion.rstrip().endswith("</answer>") else finish
+    """What a reader is shown, who does not see the thinking: the last answer without its tags, or else the text after the
+    thinking; and how it ended: a complete answer has ended, whatever was cut off after it."""
+    after = completion.rpartition("</think>")[2]
+    if "<think>" in after.partition("<answer>")[0]:  # still thinking
+        return "", finish
+    if found := ANSWER.findall(after):
+        text, closed = found[-1]
+        return text.strip(), "stop" if closed else finish
+    return after.strip(), finish
 
 
 def thinking(completion: str) -> str:

@@ -24,16 +24,19 @@ def by_group(rollouts: Rollouts, indices: np.ndarray) -> list[np.ndarray]:
     return [indices[groups_B == group] for group in np.unique(groups_B)]
 
 
-def group_minibatches(rollouts: Rollouts, count: int, seed: int, step: int, epoch: int) -> list[np.ndarray]:
-    """The completions of each minibatch of one pass: whole groups, in a seeded order."""
-    groups_B = rollouts.groups_B
-    order = np.random.default_rng([seed, step, epoch]).permutation(int(groups_B.max()) + 1)
-    return [np.flatnonzero(np.isin(groups_B, groups)) for groups in np.array_split(order, count)]
+def ranks(reward_G: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The ranks of a group's rewards, 1 the best. As in `spread_B`, rewards that differ by no more than rounding are alike."""
+    sorted_G, order_G = reward_G.sort(descending=True)
+    apart_G = -sorted_G.diff() > eps * reward_G.abs().max().clamp(min=1.0)
+    ranks_G = torch.ones_like(order_G)
+    ranks_G[order_G[1:]] += apart_G.cumsum(0)
+    return ranks_G
 
 
 def ordered_pairs(reward_G: torch.Tensor) -> int:
     """How many pairs of a group's rewards have an order."""
-    return int((reward_G[:, None] > reward_G[None, :]).sum())
+    ranks_G = ranks(reward_G)
+    return int((ranks_G[:, None] < ranks_G[None, :]).sum())
 
 
 def ranked_pairs(rollouts: Rollouts, batch: TokenBatch, logp_BT: torch.Tensor, beta: float) -> torch.Tensor:
@@ -42,9 +45,8 @@ def ranked_pairs(rollouts: Rollouts, batch: TokenBatch, logp_BT: torch.Tensor, b
     losses = [0.0 * logp_B.sum()]
     for unit in by_group(rollouts, indices):
         places = np.flatnonzero(np.isin(indices, unit))
-        # Rank 1 is best.
-        reward_G = rollouts.each["reward"][indices[places]].to(logp_B.device)
-        losses.append(ranked_group(logp_B[places], -reward_G, beta))
+        ranks_G = ranks(rollouts.each["reward"][indices[places]]).to(logp_B.device)
+        losses.append(ranked_group(logp_B[places], ranks_G, beta))
     return torch.stack(losses).sum()
 
 
@@ -55,6 +57,14 @@ def counted(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
     if config.truncation.how == "mask":
         counted_B &= ~rollouts.truncated_B
     return counted_B & with_spread(rollouts) if config.refill.rounds else counted_B
+
+
+def minibatches(config: GrpoConfig, rollouts: Rollouts, step: int, epoch: int) -> list[np.ndarray]:
+    """The counted completions by minibatch of one pass: equally many groups in each, all of a group in one, in a seeded
+    order."""
+    counted_B, groups_B = counted(config, rollouts), rollouts.groups_B
+    order = np.random.default_rng([config.seed, step, epoch]).permutation(np.unique(groups_B[counted_B]))
+    return [np.flatnonzero(counted_B & np.isin(groups_B, some)) for some in np.array_split(order, config.minibatches)]
 
 
 def taught(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from stages.objectives.value import explained_variance
@@ -17,7 +19,8 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     `kl` to the reference in nats a completion and `entropy` in nats a token; lengths in tokens; the share truncated."""
     known = {name: part_B[~part_B.isnan()] for name, part_B in rollouts.each.items()}
     found = {name: float(part_B.mean()) for name, part_B in known.items() if len(part_B)}
-    found["reward_std"] = float(known["reward"].std()) if len(known["reward"]) > 1 else 0.0
+    if len(known["reward"]):
+        found["reward_std"] = float(known["reward"].std()) if len(known["reward"]) > 1 else 0.0
     if (kl_B := _drift(rollouts)) is not None:
         found["kl"] = float(kl_B.mean())
     if "entropy" in rollouts.tokens:
@@ -42,6 +45,11 @@ def rollout_records(rollouts: Rollouts, step: int) -> list[Row]:
         sample.record(step, "policy") | {name: values[place] for name, values in columns.items()}
         for place, sample in enumerate(rollouts.samples)
     ]
+
+
+def record_types(rewards: Iterable[str]) -> dict[str, pa.DataType]:
+    """The types of the columns that may be null for long: a part of the reward for rows that come late, a KL not measured."""
+    return dict.fromkeys(("reward", *(f"rewards.{name}" for name in rewards), "kl", "advantage"), pa.float64())
 
 
 def _drift(rollouts: Rollouts) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -51,12 +52,14 @@ def rated_steps(
 
 
 def last_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, ends: Sequence[int]) -> list[int]:
-    """The places of the tokens with certain characters of a completion's text. Its last character's is that of its last token,
-    EOS included."""
+    """The places of the tokens that complete certain characters of a completion's text. Its last character's is that of its
+    last token, EOS included."""
     ids, last = sample.completion.ids, len(sample.completion.ids) - 1
 
     def characters(place: int) -> int:
-        return len(tokenizer.decode(ids[: place + 1], skip_special_tokens=False))
+        # The first bytes of a character are decoded too, to one or more of U+FFFD: only what agrees with the text is there.
+        decoded = str(tokenizer.decode(ids[: place + 1], skip_special_tokens=False))
+        return len(commonprefix([decoded, sample.text]))  # noqa: RUF071 - of texts, not of paths
 
     found = [bisect_left(range(last), end + 1, key=characters) for end in ends]
     return [last if end >= len(sample.text) - 1 else place for end, place in zip(ends, found, strict=True)]

@@ -13,12 +13,20 @@ from stages.rollouts.seeds import sample_seed
 from stages.specs.common import Sampling
 
 Row = dict[str, Any]
+# A sample's record, with its prompt's place in the batch.
+Placed = tuple[int, Row]
 RECORDED = ("step", "sample", "completion", "length", "finish", "policy")
 
 
 def of_one_sample(column: str) -> bool:
     """Whether a column of a rollouts dataset tells of one sample, not of its prompt."""
     return column in (*RECORDED, "reward", "kl", "advantage") or column.startswith("rewards.")
+
+
+def recorded(row: Row, step: int, sample: int, completion: str, length: int | None, finish: str, policy: str) -> Row:
+    """A prompt's row with one sample of it, as a row of a rollouts dataset."""
+    given = {name: value for name, value in row.items() if name not in RECORDED}
+    return given | dict(zip(RECORDED, (step, sample, completion, length, finish, policy), strict=True))
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,8 @@ class Sample:
 
     def record(self, step: int, policy: str) -> Row:
         """The sample as a row of a rollouts dataset."""
-        given = {name: value for name, value in self.row.items() if name not in RECORDED}
-        return given | {
-            "step": step,
-            "sample": self.sample,
-            "completion": self.text,
-            "length": len(self.completion.ids),
-            "finish": self.completion.finish,
-            "policy": policy,
-        }
+        length, finish = len(self.completion.ids), self.completion.finish
+        return recorded(self.row, step, self.sample, self.text, length, finish, policy)
 
 
 def sample_rows(

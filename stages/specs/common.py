@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
-from stages.specs.base import Config
+from stages.specs.base import OPERATIONAL, Config
 
 Dtype = Literal["float32", "bfloat16"]
+# Errors of these types do not repeat what was given: it may be a key.
+UNSAID = ("secret_ref", "reward_arguments")
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+        raise PydanticCustomError(
+            "secret_ref",
+            "give the name of an environment variable (capitals, digits and _) that holds it, never the key itself",
+        )
+    return name
+
+
+SecretRef = Annotated[str, AfterValidator(_variable)]
 
 
 class Optimizer(Config):
@@ -47,6 +64,51 @@ class Sampling(Config):
     )
 
 
+class Endpoint(Config):
+    """A model behind an OpenAI-compatible endpoint: a service, or a server of one's own (vLLM, llama.cpp, transformers serve).
+    Its answers are kept by content: the same question to a model of this name is never asked twice."""
+
+    model: str = Field(
+        min_length=1,
+        title="Model",
+        description="The model's name at the endpoint, which stands for its weights: other weights need another name.",
+    )
+    url: str = Field(
+        pattern=r"^https?://[^\s@?#]+$",
+        title="URL",
+        description="Where it is served, up to /v1: http://localhost:8000/v1.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key: SecretRef | None = Field(
+        default=None,
+        title="Key",
+        description="The environment variable that holds the key; unset for servers that ask for none.",
+        json_schema_extra=OPERATIONAL,
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        title="Further fields",
+        description="Fields of a request beside the usual ones, or in their place (reasoning_effort: low); null: left out.",
+    )
+    timeout: float = Field(
+        default=120.0, gt=0, title="Timeout", description="Seconds to wait for an answer.", json_schema_extra=OPERATIONAL
+    )
+    retries: int = Field(
+        default=4,
+        ge=0,
+        title="Retries",
+        description="Tries after the first when no answer comes, or 429 or 5xx, with longer and longer waits between.",
+        json_schema_extra=OPERATIONAL,
+    )
+    concurrency: int = Field(
+        default=8,
+        ge=1,
+        title="Side by side",
+        description="Requests on their way at a time, by each process.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
 class RewardRef(Config):
     """A reward by name, with its arguments. Its version is identity: see `stages/rewards`."""
 
@@ -66,10 +128,25 @@ class RewardRef(Config):
             raise ValueError(f"{name!r} is a part of a mixed reward; here a reward model is an input of the stage")
         return name
 
+    @field_validator("args")
+    @classmethod
+    def _fitting(cls, args: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        from stages.rewards import REWARDS
+
+        try:
+            if "name" in info.data:
+                REWARDS[info.data["name"]].parse(args)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
+            raise PydanticCustomError("reward_arguments", "{wrong}", {"wrong": "; ".join(wrong)}) from None
+        return args
+
     def identity(self) -> dict[str, Any]:
         from stages.rewards import REWARDS
 
-        return super().identity() | {"version": REWARDS[self.name].version}
+        entry = REWARDS[self.name]
+        parsed = entry.parse(self.args)
+        return super().identity() | {"version": entry.version} | ({} if parsed is None else {"args": parsed.identity()})
 
 
 class WeightedReward(RewardRef):
@@ -98,3 +175,10 @@ class WeightedReward(RewardRef):
     def decides(self) -> bool:
         """Whether anything but a report depends on it."""
         return self.weight != 0
+
+
+def require_distinct(rewards: Sequence[WeightedReward]) -> None:
+    """Raise ValueError when two parts of a mixed reward have one name."""
+    keys = [reward.key for reward in rewards]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"rewards: {', '.join(keys)}: two have one name; tell them apart with `label`")

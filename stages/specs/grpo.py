@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
-from stages.specs.common import Dtype, Optimizer, Sampling, WeightedReward
+from stages.specs.common import Dtype, Optimizer, Sampling, WeightedReward, require_distinct
 
 
 class ReferenceKl(Config):
@@ -171,11 +171,11 @@ class GrpoConfig(Config):
             raise ValueError("sampling must draw from the policy itself: a temperature above 0, top_p 1 and top_k 0")
         if self.supervision == "process" and (self.objective != "grpo" or self.reference_kl.place == "reward"):
             raise ValueError("process supervision gives advantages a token: it needs objective grpo, and the KL in the loss")
+        if self.objective == "ranked_pairs" and self.reference_kl.place == "reward":
+            raise ValueError("ranked_pairs compares the rewards alone, where a KL would be lost: put it in the loss")
         if self.supervision == "process" and self.truncation.how == "penalise":
             raise ValueError("process supervision rates steps: truncation.how can be keep or mask")
-        keys = [reward.key for reward in self.rewards]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"rewards: {', '.join(keys)}: two have one name; tell them apart with `label`")
+        require_distinct(self.rewards)
         return self
 
 

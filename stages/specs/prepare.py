@@ -56,6 +56,13 @@ class PrepareConfig(Config):
     system: str | None = Field(
         default=None, title="System message", description="Put this system message before prompts made of messages."
     )
+    template: str | None = Field(
+        default=None,
+        pattern=r"^r1-zero$|\{prompt\}",
+        title="Template",
+        description="Text around each text prompt, which takes the place of {prompt}; r1-zero: DeepSeek-R1-Zero's, for base "
+        "models without a chat template (rl4llm, table 1).",
+    )
     constants: dict[str, str] = Field(
         default_factory=dict,
         title="Constants",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import endpoint_server  # pyright: ignore[reportMissingImports]
 import pytest
 from conftest import ROOT, request_for  # pyright: ignore[reportMissingImports]
 
@@ -18,6 +19,8 @@ from stages.request import Request, run_stage
 from stages.run import Event
 
 pytestmark = pytest.mark.slow
+server = endpoint_server.server
+home = endpoint_server.home
 CONFIG: dict[str, Any] = {
     "samples": 3,
     "sampling": {"max_new_tokens": 8},
@@ -112,3 +115,31 @@ def test_a_run_goes_on_with_another_number_of_processes(
     for folder in (tmp_path / "two, one", tmp_path / "one, two"):
         found, whole = (one / "outputs" / "samples" / "data.parquet" for one in (folder, expected.folder))
         assert sha256_file(found) == sha256_file(whole)
+
+
+def test_two_processes_ask_a_teacher_each_for_its_share(
+    server: Any, chain_rows: list[dict[str, Any]], dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keep the best of it; some prompts are refused."""
+    rows = [{name: row[name] for name in ("id", "prompt", "problem", "answer")} for row in chain_rows[:11]]
+    refused = {rows[place]["prompt"][-1]["content"] for place in (1, 2, 9)}
+
+    def script(body: dict[str, Any]) -> Any:
+        if body["messages"][-1]["content"] in refused:
+            return endpoint_server.failing(400, "too long")
+        return endpoint_server.chat("x" * (body["seed"] % 97))
+
+    server.script = script
+    best = {"keep": 2, "rewards": [{"name": "length", "args": {"weight": 1}}]}
+    config = CONFIG | {"endpoint": server.endpoint().model_dump(), "best_of": best}
+    prompts = dataset(rows, "prompts")
+    run_stage(request_for("sample", tmp_path / "one", config, prompts=prompts))
+    first = len(server.asked)
+    monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path / "another home"))
+    launch(request_for("sample", tmp_path / "two", config, prompts=prompts))
+    assert len(server.asked) == 2 * first == 66
+    files = [sha256_file(tmp_path / name / "outputs" / "samples" / "data.parquet") for name in ("one", "two")]
+    assert files[0] == files[1]
+    [one], [two] = logged(tmp_path / "one", "metrics"), logged(tmp_path / "two", "metrics")
+    assert one == two
+    assert (two["metrics"]["prompts_dropped"], two["metrics"]["samples"]) == (3, 16)

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, request_for  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file
 
 from stages.data.chain_sum import bare, worked
+from stages.models.load import load_policy, save_policy
 from stages.models.reward import new_reward_model, save_reward_model
 
 pytestmark = pytest.mark.slow
@@ -29,12 +32,20 @@ def metrics(folder: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
 
 
 def assert_alike(
-    stage: str, config: Row, inputs: dict[str, Path], folder: Path, lengths: dict[str, int], many: int = 2
+    stage: str,
+    config: Row,
+    inputs: dict[str, Path],
+    folder: Path,
+    lengths: dict[str, int],
+    many: int = 2,
+    runtime: Row | None = None,
 ) -> None:
     """Run a stage on one process and on many: each metric named in `lengths` has so many values, and the same ones."""
     found = {}
     for processes in (1, many):
-        request = request_for(stage, folder / f"{processes} processes", config | {"runtime": RUNTIME}, **inputs)
+        request = request_for(
+            stage, folder / f"{processes} processes", config | {"runtime": RUNTIME | (runtime or {})}, **inputs
+        )
         request.folder.mkdir(parents=True)
         file = request.folder / "request.json"
         file.write_text(request.model_dump_json())
@@ -130,3 +141,66 @@ def test_ppo_on_two_processes_is_that_of_one(
     more = {"ptx": {"weight": 0.5, "batch_size": 1}, "critic": {"shared": True, "coefficient": 0.3, "optimizer": rate}}
     names += ("ptx_loss",)
     assert_alike("ppo", config | more, inputs, tmp_path / "more", dict.fromkeys(names, 4))
+
+
+LENGTH: Row = {"name": "length", "weight": 3.0}
+SEVERAL: Row = {"epochs": 2, "minibatches": 2, "reference_kl": {"coefficient": 0.1}}
+PAIRS: Row = {"objective": "ranked_pairs", "refill": {"rounds": 1}, "reference_kl": {"coefficient": 0.1}}
+
+
+# With one prompt a step, one rank samples nothing; with pairs it has, of one group, nothing to compute either.
+@pytest.mark.parametrize(
+    ("changes", "prompts", "packed"),
+    [(SEVERAL, 5, False), (PAIRS, 3, True), ({"aggregate": "sequence"}, 1, False), (PAIRS, 1, False)],
+)
+def test_grpo_on_two_processes_is_that_of_one(
+    init_folder: Path,
+    chain_rows: list[Row],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    changes: Row,
+    prompts: int,
+    packed: bool,
+) -> None:
+    reward = new_reward_model(init_folder, seed=1)
+    reward.calibrate(0.3, 1.5)
+    (tmp_path / "reward").mkdir()
+    save_reward_model(reward, tmp_path / "reward")
+    rows = [row | {"kind": "sum" if place % 2 else "chat"} for place, row in enumerate(chain_rows[:20])]
+    inputs = {"policy": init_folder, "prompts": dataset(rows, "prompts")}
+    config: Row = {"steps": 4, "prompts": prompts, "group": 3, "sampling": {"max_new_tokens": 8}, "rewards": [LENGTH]}
+    config |= {"optimizer": {"lr": 1e-2, "warmup": 0.0, "eps": 1e-5}} | changes
+    if prompts > 1:
+        # A learned part, and groups without spread, whose completions are measured, but not run in the update.
+        inputs["reward_model"] = tmp_path / "reward"
+        config["rewards"] = [{"name": "answer"}, {"name": "reward_model", "where": {"kind": "sum"}}]
+    names = ("reward", "kl", "length", "truncated", "groups", "groups_without_spread", "rewards_missing", "policy_loss")
+    names += ("grad_norm", "clip_fraction", "ratio_max", "old_policy_kl", *(["kl_loss"] if "reference_kl" in changes else []))
+    assert_alike("grpo", config, inputs, tmp_path, dict.fromkeys(names, 4), runtime={"packed": packed})
+    one, two = (load_file(tmp_path / f"{count} processes/outputs/checkpoint/model.safetensors") for count in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
+
+
+# With a batch of one, one rank draws nothing.
+@pytest.mark.parametrize(("objective", "batch_size", "packed"), [("forward_kl", 5, False), ("reverse_kl", 1, True)])
+def test_distillation_on_two_processes_is_that_of_one(
+    init_folder: Path,
+    chain_rows: list[Row],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    objective: str,
+    batch_size: int,
+    packed: bool,
+) -> None:
+    save_policy(load_policy(init_folder, seed=7), tmp_path / "teacher")
+    inputs = {"model": init_folder, "teacher": tmp_path / "teacher", "train": dataset(chain_rows[:20], "train")}
+    inputs["heldout"] = dataset(chain_rows[32:], "heldout")
+    config: Row = {"steps": 4, "batch_size": batch_size, "heldout_rows": 3, "generations": 2, "sampling": {"max_new_tokens": 4}}
+    config |= {"objective": objective, "source": "student", "student_sampling": {"max_new_tokens": 8}}
+    config["optimizer"] = {"lr": 1e-2, "warmup": 0.0, "eps": 1e-5}
+    lengths = {"loss": 4, "grad_norm": 4, "heldout_loss_before": 1, "heldout_loss": 1}
+    assert_alike("distill", config, inputs, tmp_path, lengths, runtime={"packed": packed})
+    one, two = (load_file(tmp_path / f"{count} processes/outputs/checkpoint/model.safetensors") for count in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
