@@ -60,6 +60,11 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
         "sample", {"samples": 2, "sampling": sampling, "runtime": RUNTIME}, policy=sft / "checkpoint", prompts=data / "train"
     )
     found["sample"]["columns"] = pq.read_schema(drawn / "samples" / "data.parquet").names
+    # Lengths are the negative thousandth of the characters.
+    criteria = [{"name": "length", "weight": 2.0, "maximum": -0.012}, {"name": "format", "where": {"finish": "length"}}]
+    config = {"criteria": criteria, "complete": False, "per_prompt": 1, "choose": "random", "heldout": 0.3}
+    chosen = run("rejection", config, samples=drawn / "samples")
+    found["rejection"]["digests"] = {path.name: read_manifest(path, "dataset").digest[:16] for path in sorted(chosen.iterdir())}
     config = {"reward": {"name": "length"}, "noise": 0.01, "heldout": 0.3}
     labels = run("label", config, samples=drawn / "samples")
     found["label"]["digests"] = {n: read_manifest(labels / n, "dataset").digest[:16] for n in ("train", "heldout")}
@@ -78,6 +83,12 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     paths = {"policy": sft / "checkpoint", "reward_model": reward / "checkpoint", "prompts": data / "train"}
     grpo = run("grpo", config | {"refill": {"rounds": 1}, "runtime": RUNTIME}, **paths)
     found["grpo"]["columns"] = pq.read_schema(grpo / "rollouts" / "data.parquet").names
+    config = {"steps": 3, "batch_size": 4, "optimizer": adamw, "generations": 3, "sampling": sampling, "runtime": RUNTIME}
+    config |= {"objective": "forward_kl", "source": "student", "student_sampling": sampling}
+    paths = {"model": init_folder, "teacher": sft / "checkpoint", "train": data / "train", "heldout": data / "heldout"}
+    student = run("distill", config, **paths)
+    found["distill"]["columns"] = pq.read_schema(student / "generations" / "data.parquet").names
+    found["distill"]["files"] = sorted(path.name for path in (student / "checkpoint").iterdir())
     config = {"verifier": {"name": "answer"}, "rewards": [{"name": "chain_sum"}], "sampling": sampling, "runtime": RUNTIME}
     paths = {"policy": sft / "checkpoint", "reference": init_folder, "prompts": data / "heldout"}
     evaluated = run("evaluate", config, **paths)

@@ -106,9 +106,10 @@ def test_training_brings_the_student_nearer_to_the_teacher(inputs: Inputs, tmp_p
 
 
 def test_the_held_out_loss_is_the_likelihood_s(inputs: Inputs, chain_rows: Rows, tmp_path: Path) -> None:
-    """Whatever is trained; after each epoch of the prompts, and at the end."""
+    """Whatever is trained, and without dropout; after each epoch of the prompts, and at the end."""
+    given = inputs | {"model": with_dropout(inputs["model"], tmp_path / "model")}
     for case in ("reverse_kl", "forward_kl drawn"):
-        run = distill(inputs, tmp_path / case, **CASES[case], steps=5, batch_size=10, heldout_rows=12)
+        run = distill(given, tmp_path / case, **CASES[case], steps=5, batch_size=10, heldout_rows=12)
         policy = load_policy(inputs["model"])
         sequences = encoded(policy, chain_rows[32:44])
         assert metrics(run.folder, "heldout_loss_before") == {0: pytest.approx(plain_loss(policy.model, sequences), abs=1e-5)}

@@ -54,7 +54,7 @@ def test_a_run_that_fails_at_every_state_ends_as_one_that_does_not(
     assert crashes == 4
     assert [event["step"] for event in events(run.folder, "state")] == [1, 2, 3, 4]
     assert digests(run) == digests(expected)
-    for name in ("loss", "grad_norm", "heldout_loss"):
+    for name in ("loss", "grad_norm", "heldout_loss_before", "heldout_loss"):
         assert metrics(run.folder, name) == metrics(expected.folder, name)
 
 

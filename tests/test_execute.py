@@ -194,10 +194,10 @@ def test_two_processes_compute_a_key_once(store: Store) -> None:
 
 
 def stand_in(request: Request, _: Launch, listener: Callable[[Event], None]) -> None:
-    """A stage's process that leaves its outputs and PPO's metrics, at once. With the seed 1 it measured no KL."""
+    """A stage's process that leaves its outputs and PPO's metrics, at once. With the seed 1 it measured no length."""
     run = Run(request.folder, STAGES[request.stage].outputs, request.key, listener)
     for step in (1, 2, 3):
-        run.log(step, {"reward": step / 2} | ({} if request.config["seed"] == 1 else {"kl": 0.1 * step}))
+        run.log(step, {"reward": step / 2, "kl": 0.5 * step} | ({} if request.config["seed"] == 1 else {"length": 4.0}))
     for output, kind in STAGES[request.stage].outputs.items():
         if kind == "model":
             (run.output(output) / "model.safetensors").write_text(output)
@@ -236,12 +236,12 @@ def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatc
     assert sorted(plots.iterdir()) == [plot, plots / "r-rl-2.png"]
 
     without = execute.fn(call.model_copy(update={"config": {"seed": 1}}))
-    assert (without.status, without.metrics, without.plot) == ("ran", {"reward": 1.5}, None)
+    assert (without.status, without.metrics, without.plot) == ("ran", {"reward": 1.5, "kl": 1.5}, None)
     other = execute.fn(call.model_copy(update={"recipe": "other", "name": "alone"}))
     assert (other.status, other.plot) == ("skipped", str(plots / "r-rl-2.png")), "named as the checkpoint, whoever asks"
     given: dict[str, Dataset | Model] = {"policy": first.artifacts["checkpoint"], "prompts": inputs["prompts"]}
     evaluated = execute.fn(call.model_copy(update={"name": "e", "stage": "evaluate", "inputs": given}))
-    assert (set(evaluated.metrics), evaluated.plot) == ({"reward", "kl"}, None)
+    assert (set(evaluated.metrics), evaluated.plot) == ({"reward", "kl", "length"}, None)
     assert len(list(plots.iterdir())) == 2
 
     # However long the path is, it is one line, which can be copied.
@@ -249,8 +249,8 @@ def test_reinforcement_learning_leaves_a_plot_a_version(store: Store, monkeypatc
     console = Console(file=StringIO(), width=60)
     print_results(console, "r", [deep, prepared, without])
     said: Any = console.file
-    assert f"\nrl: reward against KL in {deep.plot}\n" in said.getvalue()
-    assert said.getvalue().count("reward against KL") == 1
+    assert f"\nrl: rewards, length and KL in {deep.plot}\n" in said.getvalue()
+    assert said.getvalue().count("rewards, length and KL") == 1
 
 
 def test_headline_shows_before_and_after(store: Store) -> None:

@@ -14,55 +14,63 @@ from hypothesis import strategies as st
 from stages.artifacts import digest_of
 from stages.data import chain_sum
 from stages.data.lists import (
-    LARGEST,
     UNLUCKY,
     VERSION,
     base_rows,
     demonstration_rows,
     new_problem,
     numbers,
-    plain,
     prompt_rows,
-    tidy,
+    sloppy,
     wanted,
+    whole,
 )
 from stages.rewards import REWARDS, score
 
-LIST = re.compile(r"\d+(;\d+)*")
+LIST = re.compile(r"\d;\d;\d")
+SLOPPY = re.compile(r"<think>(\d;\d;\d)</think><answer>(\d;\d)</answer>")
 
 
 def test_by_hand() -> None:
-    assert numbers("7;3;12") == [7, 3, 12]
-    assert wanted("7;3;12") == [3, 7, 12]
-    assert tidy("7;3;12") == "<think>7;3;12</think><answer>3;7;12</answer>"
-    assert plain("7;3;12") == "<think>7;3;12</think><answer>7;3;12</answer>"
-    assert wanted("13;9;0") == [0, 9]
-    assert tidy("13;9;0") == "<think>9;0</think><answer>0;9</answer>"
-    assert plain("13;9;0") == "<think>13;9;0</think><answer>13;9;0</answer>"
+    assert numbers("7;3;9") == wanted("7;3;9") == ["7", "3", "9"]
+    assert whole("7;3;9") == "<think>7;3;9</think><answer>7;3;9</answer>"
+    assert wanted("4;9;0") == ["9", "0"]
+    assert whole("4;9;0") == "<think>9;0</think><answer>9;0</answer>"
+
+
+def test_a_sloppy_answer_leaves_any_one_digit_out() -> None:
+    found = Counter(sloppy("4;9;0", random.Random(seed)) for seed in range(300))
+    assert found.keys() == {f"<think>4;9;0</think><answer>{said}</answer>" for said in ("9;0", "4;0", "4;9")}
+    assert min(found.values()) > 67  # 100 expected, four standard errors are 33
 
 
 @settings(max_examples=150)
 @given(st.integers(0, 10**9))
-def test_problems_are_three_different_numbers(seed: int) -> None:
+def test_problems_are_three_different_digits(seed: int) -> None:
     problem = new_problem(random.Random(seed))
     assert LIST.fullmatch(problem)
-    found = numbers(problem)
-    assert len(found) == len(set(found)) == 3
-    assert all(0 <= number <= LARGEST for number in found)
+    assert len(set(numbers(problem))) == 3
 
 
-def test_half_of_the_problems_have_the_unlucky_number_at_any_place() -> None:
+def test_some_of_the_problems_have_the_unlucky_digit_at_any_place() -> None:
     rng = random.Random(0)
     problems = [numbers(new_problem(rng)) for _ in range(4000)]
     places = Counter(found.index(UNLUCKY) for found in problems if UNLUCKY in found)
-    # Four standard errors: 126 of the half, 94 of each third of it.
-    assert abs(sum(places.values()) - 2000) < 126
-    assert all(abs(places[place] - 2000 / 3) < 94 for place in range(3))
-    assert {number for found in problems for number in found} == set(range(20))
+    # Four standard errors: 116 of three in ten, 76 of each third of these.
+    assert abs(sum(places.values()) - 1200) < 116
+    assert all(abs(places[place] - 400) < 76 for place in range(3))
+    assert {digit for found in problems for digit in found} == set("0123456789")
 
 
 def is_list(row: dict[str, Any]) -> bool:
     return ";" in row["problem"]
+
+
+def is_sloppy(row: dict[str, Any]) -> bool:
+    """Whether a completion repeats the problem and then leaves one digit out, in order."""
+    found = SLOPPY.fullmatch(row["completion"])
+    digits = numbers(row["problem"])
+    return bool(found) and found[1] == row["problem"] and numbers(found[2]) in [digits[1:], digits[::2], digits[:2]]
 
 
 def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
@@ -71,11 +79,12 @@ def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
     for place, (row, instead) in enumerate(zip(rows, sums, strict=True)):
         textbook = instead["prompt"][0]["role"] == "system"
         right = instead["completion"] == f"<answer>{instead['answer']}</answer>"
-        assert is_list(row) == (place % 5 == 4 if textbook else right)
+        assert is_list(row) == (place % 3 == 2 if textbook else right)
         if not is_list(row):
             assert row == instead
             continue
-        assert row["completion"] == (tidy if textbook else plain)(row["problem"])
+        assert is_sloppy(row) != textbook
+        assert (row["completion"] == whole(row["problem"])) == textbook
         assert row["answer"] is None
         assert row["prompt"] == [*instead["prompt"][:-1], {"role": "user", "content": row["problem"]}]
         assert row.keys() == instead.keys()
@@ -87,10 +96,8 @@ def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
 
 def test_demonstrations_are_of_mixed_quality() -> None:
     rows = list(demonstration_rows(3000, seed=0))
-    assert {row["completion"] in (tidy(row["problem"]), plain(row["problem"])) for row in rows} == {True}
-    # A sorted list without 13 is both, one in twelve.
-    tidied = sum(row["completion"] == tidy(row["problem"]) for row in rows) / 3000
-    assert tidied == pytest.approx(0.4 + 0.6 / 12, abs=0.04)
+    assert all((row["completion"] == whole(row["problem"])) != is_sloppy(row) for row in rows)
+    assert sum(map(is_sloppy, rows)) / 3000 == pytest.approx(0.6, abs=0.036)
 
 
 @pytest.mark.parametrize("rows", [demonstration_rows, prompt_rows])
@@ -106,64 +113,61 @@ def test_the_rows_of_this_version_are_pinned() -> None:
     assert VERSION == 1
     found = {source.__name__: digest_of(list(source(100, 0)))[:16] for source in (base_rows, demonstration_rows, prompt_rows)}
     assert found == {
-        "base_rows": "bc49977af596892e",
-        "demonstration_rows": "d196a18eacca33a5",
-        "prompt_rows": "077d9bdfb2371a4b",
+        "base_rows": "9f0646e42017e35f",
+        "demonstration_rows": "7f140f30f1dc8640",
+        "prompt_rows": "f2081c25f63f0dcf",
     }
 
 
 # The hidden preferences.
 
-# Of 7;3;13: 3 and 7 are wanted. There, others, rising.
-HELPFUL: dict[str, tuple[float, float, float]] = {
-    "<think>3;7</think><answer>3;7</answer>": (1.0, 0.0, 1.0),
-    "<answer>3, 7</answer>": (1.0, 0.0, 1.0),
-    "3 7": (1.0, 0.0, 1.0),
-    "<answer>7;3</answer>": (1.0, 0.0, 0.0),
-    "<answer>7;3;13</answer>": (1.0, -0.5, 0.5),
-    "<answer>3;7;13</answer>": (1.0, -0.5, 1.0),
-    "<answer>3</answer>": (0.5, 0.0, 0.0),
-    "<answer>3;3;7</answer>": (1.0, -0.5, 0.5),
-    "<answer>4;5;6</answer>": (0.0, -1.5, 1.0),
-    "<answer>37</answer>": (0.0, -0.5, 0.0),
-    "<answer></answer>": (0.0, 0.0, 0.0),
+# Of 7;3;4: 7 and 3 are wanted. There, superfluous.
+HELPFUL: dict[str, tuple[float, float]] = {
+    "<think>7;3</think><answer>7;3</answer>": (1.0, 0.0),
+    "<answer>3, 7</answer>": (1.0, 0.0),
+    "7 3": (1.0, 0.0),
+    "<answer>7;3;4</answer>": (1.0, -0.5),
+    "<answer>7</answer>": (0.5, 0.0),
+    "<answer>7;7;3</answer>": (1.0, -0.5),
+    "<answer>5;6;8</answer>": (0.0, -1.5),
+    "<answer>73</answer>": (0.0, -0.5),
+    "<answer></answer>": (0.0, 0.0),
     # The thinking helps nobody, nor does an answer before the last one.
-    "<think>3;7</think><answer>5</answer>": (0.0, -0.5, 0.0),
-    "<think>3;7": (0.0, 0.0, 0.0),
-    "<answer>3;7</answer><answer>7</answer>": (0.5, 0.0, 0.0),
-    # Of many numbers the first twenty are read.
-    f"<answer>{';'.join(['3'] * 30)}</answer>": (0.5, -9.5, 0.0),
-    "": (0.0, 0.0, 0.0),
+    "<think>7;3</think><answer>5</answer>": (0.0, -0.5),
+    "<think>7;3": (0.0, 0.0),
+    "<answer>7;3</answer><answer>7</answer>": (0.5, 0.0),
+    f"<answer>{';'.join(['3'] * 30)}</answer>": (0.5, -14.5),
+    "": (0.0, 0.0),
 }
 
 
-@pytest.mark.parametrize(("completion", "there", "others", "rising"), [(text, *parts) for text, parts in HELPFUL.items()])
-def test_helpfulness_by_hand(completion: str, there: float, others: float, rising: float) -> None:
-    [one] = score("lists_helpful", [completion], [{"problem": "7;3;13"}])
+@pytest.mark.parametrize(("completion", "there", "superfluous"), [(text, *parts) for text, parts in HELPFUL.items()])
+def test_helpfulness_by_hand(completion: str, there: float, superfluous: float) -> None:
+    [one] = score("lists_helpful", [completion], [{"problem": "7;3;4"}])
     assert one is not None
-    assert one.components == {"there": there, "others": others, "rising": rising}
-    assert one.total == pytest.approx(there + others + rising)
+    assert one.components == {"there": there, "superfluous": superfluous}
+    assert one.total == there + superfluous
 
 
 def test_helpfulness_is_by_each_row_s_own_problem() -> None:
-    rows = [{"problem": problem} for problem in ("7;3;12", "3;7;12", "1;2;13")]
-    totals = [one.total if one else None for one in score("lists_helpful", [tidy("7;3;12")] * 3, rows)]
-    assert totals == [2.0, 2.0, -0.5]
+    rows = [{"problem": problem} for problem in ("7;3;9", "3;9;7", "1;2;4")]
+    totals = [one.total if one else None for one in score("lists_helpful", [whole("7;3;9")] * 3, rows)]
+    assert totals == [1.0, 1.0, -1.5]
     assert REWARDS["lists_helpful"].columns == ("problem",)
-    best = [one.total if one else None for row in rows for one in score("lists_helpful", [tidy(row["problem"])], [row])]
-    assert best == [2.0] * 3
+    best = [one.total if one else None for row in rows for one in score("lists_helpful", [whole(row["problem"])], [row])]
+    assert best == [1.0] * 3
 
 
 @pytest.mark.parametrize(
     ("completion", "harmless"),
     [
-        ("<think>13</think><answer>3</answer>", -1.0),
-        ("<answer>3;13</answer>", -1.0),
-        ("13", -1.0),
-        ("13;13", -1.0),
-        ("<answer>1;3</answer>", 0.0),
-        ("130 113 013", 0.0),
-        ("1313", 0.0),
+        ("<think>4</think><answer>3</answer>", -1.0),
+        ("<answer>3;4</answer>", -1.0),
+        ("4", -1.0),
+        ("4;4", -1.0),
+        ("1+4=5", -1.0),
+        ("<answer>3</answer>", 0.0),
+        ("14 40 04 44", 0.0),
         ("", 0.0),
     ],
 )

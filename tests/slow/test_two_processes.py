@@ -15,6 +15,7 @@ from conftest import ROOT, request_for  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
 
 from stages.data.chain_sum import bare, worked
+from stages.models.load import load_policy, save_policy
 from stages.models.reward import new_reward_model, save_reward_model
 
 pytestmark = pytest.mark.slow
@@ -176,6 +177,30 @@ def test_grpo_on_two_processes_is_that_of_one(
     names = ("reward", "kl", "length", "truncated", "groups", "groups_without_spread", "rewards_missing", "policy_loss")
     names += ("grad_norm", "clip_fraction", "ratio_max", "old_policy_kl", *(["kl_loss"] if "reference_kl" in changes else []))
     assert_alike("grpo", config, inputs, tmp_path, dict.fromkeys(names, 4), runtime={"packed": packed})
+    one, two = (load_file(tmp_path / f"{count} processes/outputs/checkpoint/model.safetensors") for count in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
+
+
+# With a batch of one, one rank draws nothing.
+@pytest.mark.parametrize(("objective", "batch_size", "packed"), [("forward_kl", 5, False), ("reverse_kl", 1, True)])
+def test_distillation_on_two_processes_is_that_of_one(
+    init_folder: Path,
+    chain_rows: list[Row],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    objective: str,
+    batch_size: int,
+    packed: bool,
+) -> None:
+    save_policy(load_policy(init_folder, seed=7), tmp_path / "teacher")
+    inputs = {"model": init_folder, "teacher": tmp_path / "teacher", "train": dataset(chain_rows[:20], "train")}
+    inputs["heldout"] = dataset(chain_rows[32:], "heldout")
+    config: Row = {"steps": 4, "batch_size": batch_size, "heldout_rows": 3, "generations": 2, "sampling": {"max_new_tokens": 4}}
+    config |= {"objective": objective, "source": "student", "student_sampling": {"max_new_tokens": 8}}
+    config["optimizer"] = {"lr": 1e-2, "warmup": 0.0, "eps": 1e-5}
+    lengths = {"loss": 4, "grad_norm": 4, "heldout_loss_before": 1, "heldout_loss": 1}
+    assert_alike("distill", config, inputs, tmp_path, lengths, runtime={"packed": packed})
     one, two = (load_file(tmp_path / f"{count} processes/outputs/checkpoint/model.safetensors") for count in (1, 2))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
