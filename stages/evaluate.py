@@ -30,8 +30,9 @@ from stages.errors import InputError
 from stages.models.load import DTYPES, LoadedPolicy, load_policy, require_same_tokens
 from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
-from stages.rewards import Score, require_columns, score
-from stages.rewards.form import thinking
+from stages.rewards import check_rows, require_columns, score
+from stages.rewards.base import verdict
+from stages.rewards.text import thinking
 from stages.rollouts.sample import Sample, sample_rows
 from stages.run import Run
 from stages.specs.common import RewardRef
@@ -63,6 +64,8 @@ def evaluate(
     for reward in wanted:
         require_columns(reward.name, read_schema(prompts).names, "the prompts")
     rows = list(islice(run.rows(prompts), config.prompts))
+    for reward in wanted:
+        check_rows(reward.name, rows, reward.timeout)
 
     model = _load(config, policy)
     learned = None if reward_model is None else _load_reward_model(config, reward_model, model)
@@ -80,7 +83,7 @@ def evaluate(
     values |= _judged(config, samples, rivals, learned)
     values["length"] = [float(len(sample.completion.ids)) for sample in samples]
     if any("<think>" in sample.text for sample in samples):
-        values["thinking"] = [_tokens(model, thinking(sample.text)) for sample in samples]
+        values["thinking"] = [_tokens(model, thinking(sample.text) or "") for sample in samples]
 
     metrics: dict[str, float] = {}
     for name, numbers in values.items():
@@ -198,9 +201,8 @@ def _sample(
 
 
 def _totals(ref: RewardRef, samples: Sequence[Sample]) -> Values:
-    scores: list[Score | None] = score(ref.name, [s.text for s in samples], [s.row for s in samples], **ref.args)
-    totals = [None if one is None else one.total for one in scores]
-    return [None if total is None or math.isnan(total) else total for total in totals]
+    scores = score(ref.name, [s.text for s in samples], [s.row for s in samples], ref.timeout, **ref.args)
+    return [verdict(one) for one in scores]
 
 
 def _kl(config: EvaluateConfig, samples: Sequence[Sample], model: LoadedPolicy, reference: Path) -> Values:

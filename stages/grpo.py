@@ -279,8 +279,10 @@ def _usable(loop: Loop, run: Run, prompts: Path) -> list[Row]:
     """The prompts that can be sampled and rated, in the curriculum's order."""
     config = loop.config
     loop.mixture.check(read_schema(prompts).names, "the prompts")
-    for number, row in enumerate(run.rows(prompts), start=1):
+    given = list(run.rows(prompts))
+    for number, row in enumerate(given, start=1):
         loop.mixture.check_row(row, f"prompts row {number}")
+    loop.mixture.check_rows(given)
     others = [loop.reference] if loop.reference is not None else []
     rows = usable_prompts(run, prompts, loop.policy, others, config.sampling.max_new_tokens)
     return in_curriculum(run, rows, config.curriculum) if config.curriculum.used else rows

@@ -29,7 +29,8 @@ from stages.data.schemas import row_id
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
-from stages.rewards.form import as_shown
+from stages.rewards.base import verdict
+from stages.rewards.text import as_shown
 from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed, uniforms
 from stages.run import Run
@@ -100,8 +101,8 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
         require_columns(reward.name, columns, "the samples")
 
         def by_rule(rows: Sequence[Row]) -> list[float | None]:
-            scores = score(reward.name, [row["completion"] for row in rows], rows, **reward.args)
-            return [None if one is None or not math.isfinite(one.total) else float(one.total) for one in scores]
+            scores = score(reward.name, [row["completion"] for row in rows], rows, reward.timeout, **reward.args)
+            return [verdict(one) for one in scores]
 
         return by_rule
     assert folder is not None

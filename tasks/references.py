@@ -20,7 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from stages.artifacts import Dataset, Kind, Model, digest_of, handle, read_manifest
-from stages.data.procedural import PROCEDURAL
+from stages.data.procedural import procedural
 from stages.data.sources import PROCEDURAL_FILE
 from stages.errors import InputError
 from tasks.lease import lease
@@ -68,9 +68,11 @@ def _fetch(text: str, kind: Kind, folder: Path) -> None:
     """Copy what a reference from outside names into a folder."""
     if kind == "dataset" and text.startswith("procedural:"):
         name = text.removeprefix("procedural:")
-        if name not in PROCEDURAL:
-            raise InputError(f"{text}: no procedural source has this name{_near(name, PROCEDURAL)}")
-        (folder / PROCEDURAL_FILE).write_text(json.dumps({"name": name, "version": PROCEDURAL[name].version}))
+        try:
+            source = procedural(name)
+        except KeyError as error:
+            raise InputError(f"{text}: no procedural source has this name{_near(name, error.args[0])}") from error
+        (folder / PROCEDURAL_FILE).write_text(json.dumps({"name": name, "version": source.version}))
     elif kind == "model" and text.startswith("init:"):
         shutil.copyfile(_existing(text.removeprefix("init:")), folder / INIT_FILE)
     elif text.startswith((".", "/", "~")) or Path(text).exists() or (any(c in text for c in "*?[") and kind == "dataset"):

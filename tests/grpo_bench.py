@@ -150,7 +150,7 @@ def _score(name: str, args: dict[str, Any], sample: Sample, moment: Any, judge: 
 
 
 def _steps(sample: Sample, score: Score | None) -> list[tuple[int, float]]:
-    if score is None:
+    if score is None or score.total is None:
         return []
     if score.step_scores is None or score.step_ends is None:
         return [(len(sample.text) - 1, score.total)]

@@ -70,16 +70,16 @@ def test_the_last_rating_of_a_reply_counts(reply: str, total: float) -> None:
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("", "no rating in the judge's reply: ''"),
-        ("It is good.", "no rating in the judge's reply: 'It is good.'"),
+        ("", "no rating: ''"),
+        ("It is good.", "no rating: 'It is good.'"),
         ("Rating: 7", "no rating"),
         ("Rating: [[seven]]", "no rating"),
         ("Rating: [[7/10]]", "no rating"),
-        ("Rating: [[0]]", "rating 0 is not from 1 to 10"),
-        ("Rating: [[11]]", "rating 11 is not from 1 to 10"),
-        ("Rating: [[-5]]", "rating -5 is not"),
-        ("Rating: [[5]] [[100]]", "rating 100 is not"),
-        ("[[" + "9" * 400 + "]]", "rating inf is not"),
+        ("Rating: [[0]]", "rating out of range: 0 is not from 1 to 10"),
+        ("Rating: [[11]]", "rating out of range: 11 is not from 1 to 10"),
+        ("Rating: [[-5]]", "rating out of range: -5 is not"),
+        ("Rating: [[5]] [[100]]", "rating out of range: 100 is not"),
+        ("[[" + "9" * 400 + "]]", "rating out of range: inf is not"),
     ],
 )
 def test_a_reply_without_a_rating_of_the_scale_is_no_verdict(reply: str, reason: str) -> None:
@@ -91,7 +91,7 @@ def test_a_reply_without_a_rating_of_the_scale_is_no_verdict(reply: str, reason:
 def test_a_reply_that_was_cut_off_is_no_verdict() -> None:
     """What it ends with may be a quotation."""
     found, why = read_rating(said("The answer claims [[10]]", truncated=True), args(max_new_tokens=9))
-    assert (found, why) == (None, "the judge's reply was cut off after 9 tokens")
+    assert (found, why) == (None, "reply cut off: after 9 tokens")
 
 
 @given(rating=st.integers(-20, 20), lowest=st.integers(-10, 5), span=st.integers(1, 20))

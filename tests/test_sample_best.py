@@ -166,7 +166,7 @@ def _seeds(rows: Rows) -> list[list[int]]:
 
 
 def test_parts_for_some_rows_alone(init_folder: Path, rows: Rows, dataset: Make, tmp_path: Path) -> None:
-    """The first state holds rows of one kind: columns that are null there keep their type."""
+    """The score of a part that is not for a row is null; its column is one of numbers all the same."""
     kinds = ["a"] * 4 + ["b"] * 7
     given = dataset([row | {"kind": kind} for row, kind in zip(rows, kinds, strict=True)], "kinds")
     rewards = [{"name": "size", "where": {"kind": "a"}}, {"name": "length", "where": {"kind": "b"}, "label": "short"}]
@@ -175,8 +175,12 @@ def test_parts_for_some_rows_alone(init_folder: Path, rows: Rows, dataset: Make,
         other, mine = ("short", "size") if row["kind"] == "a" else ("size", "short")
         assert row[f"rewards.{other}"] is None
         assert row[f"rewards.{mine}"] == row["reward"]
-    schema = read_schema(run.folder / "outputs" / "samples")
-    assert {str(schema.field(name).type) for name in ("reward", "rewards.size", "rewards.short")} == {"double"}
+    # Of the first rows alone it is null in all.
+    chosen = best(1, *rewards, prompts=4)
+    few = run_stage(request_for("sample", tmp_path / "few", chosen, policy=init_folder, prompts=given))
+    for one in (run, few):
+        schema = read_schema(one.folder / "outputs" / "samples")
+        assert {str(schema.field(name).type) for name in ("reward", "rewards.size", "rewards.short")} == {"double"}
 
 
 def test_prompts_without_any_reward_are_left_out(init_folder: Path, prompts: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import request_for
 from endpoint_server import Answer, Body, Server, chat, failing, last_message
 from sampling import COLUMNS, RECORDED, CrashError, Make, Rows, config, crash_at, digest, events, metrics, only, samples
 
+from stages.data.parquet import read_schema
 from stages.errors import InputError
 from stages.request import run_stage
 from stages.rollouts.seeds import sample_seed
@@ -112,6 +113,7 @@ def test_a_server_that_does_not_count_tokens(server: Server, prompts: Path, tmp_
     run = run_stage(request_for("sample", tmp_path / "none", told(server, endpoint={"model": "n"}), prompts=prompts))
     assert {row["length"] for row in samples(run)} == {None}
     assert "length" not in metrics(run)
+    assert str(read_schema(run.folder / "outputs" / "samples").field("length").type) == "int64"
 
 
 # When it fails.

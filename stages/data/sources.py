@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.parquet import open_file
-from stages.data.procedural import PROCEDURAL
+from stages.data.procedural import procedural
 from stages.errors import InputError
 from stages.specs.prepare import PrepareConfig
 
@@ -38,7 +38,7 @@ def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
     name = json.loads((folder / PROCEDURAL_FILE).read_text())["name"]
     if config.rows is None:
         raise InputError(f"procedural:{name} makes as many rows as it is asked for: set `rows` in the step that prepares it")
-    for number, row in enumerate(PROCEDURAL[name].rows(config.rows, config.seed), start=1):
+    for number, row in enumerate(procedural(name).rows(config.rows, config.seed), start=1):
         yield f"procedural:{name} row {number}", row
 
 

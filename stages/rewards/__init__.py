@@ -1,22 +1,35 @@
 """Rewards by name. To add one: write `def reward(completions, rows, **args) -> list[Score | None]` and add one line here.
 
-`None` means "no reward" and is left out of every mean; it is never 0.
+`None`, or a score whose total is None, means "no reward" and is left out of every mean; it is never 0.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stages.errors import InputError
+from stages.rewards import pool
 from stages.rewards.base import RewardEntry, Row, Score
 
+ANSWER = ("answer",)
+MATH, GYM = "stages.rewards.math", "stages.rewards.reasoning_gym"
 REWARDS: dict[str, RewardEntry] = {
-    "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=("answer",)),
+    "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=ANSWER),
+    "exact": RewardEntry("stages.rewards.match:exact", version=1, columns=ANSWER),
+    "normalised": RewardEntry("stages.rewards.match:normalised", version=1, columns=ANSWER),
+    "choice": RewardEntry("stages.rewards.choice:choice", version=1, columns=ANSWER, check="stages.rewards.choice:check"),
+    "math": RewardEntry(f"{MATH}:math", 1, ANSWER, pooled=True, check=f"{MATH}:check", package="math-verify[antlr4-13-2]"),
+    "reasoning_gym": RewardEntry(
+        f"{GYM}:reasoning_gym", 1, ("task", "metadata"), pooled=True, check=f"{GYM}:check", package="reasoning-gym"
+    ),
     "format": RewardEntry("stages.rewards.form:form", version=1),
     "judge": RewardEntry("stages.rewards.judge:judge", version=1, arguments="stages.rewards.judge:JudgeArgs"),
+    "language": RewardEntry("stages.rewards.language:language", version=1, package="py3langid"),
     "length": RewardEntry("stages.rewards.length:length", version=1),
+    "repetition": RewardEntry("stages.rewards.repetition:repetition", version=1),
     "reward_model": RewardEntry("stages.rewards.learned:learned", version=1, port="reward_model"),
     "safety_model": RewardEntry("stages.rewards.learned:learned", version=1, port="safety_model"),
     "code": RewardEntry("stages.rewards.code:code", version=1, columns=("tests",)),
@@ -24,22 +37,58 @@ REWARDS: dict[str, RewardEntry] = {
     "lists_helpful": RewardEntry("stages.rewards.lists:helpful", version=1, columns=("problem",)),
     "lists_harmless": RewardEntry("stages.rewards.lists:harmless", version=1),
 }
+SECONDS = 10.0
 
 
-def score(name: str, completions: Sequence[str], rows: Sequence[Row], **args: Any) -> list[Score | None]:
+def score(
+    name: str, completions: Sequence[str], rows: Sequence[Row], timeout: float = SECONDS, /, **args: Any
+) -> list[Score | None]:
     """Call a reward. Raises InputError naming the row (by id) on which the reward function raised."""
+    return start(name, completions, rows, timeout, **args)()
+
+
+def start(
+    name: str, completions: Sequence[str], rows: Sequence[Row], timeout: float = SECONDS, /, **args: Any
+) -> Callable[[], list[Score | None]]:
+    """Begin to score; calling what is returned gives the scores, or raises, as `score`. A pooled reward works meanwhile, with
+    `timeout` seconds a completion: what it has no verdict of says why in its note. Any other works when it is called."""
+    entry = REWARDS[name]
+    if not entry.pooled:
+        return lambda: _score_here(name, completions, rows, args)
+    calls = [(([text], [row]), args) for text, row in zip(completions, rows, strict=True)]
+    finish = pool.submit(entry.target, calls, timeout)
+    return lambda: [_pooled(name, row, outcome) for row, outcome in zip(rows, finish(), strict=True)]
+
+
+def _pooled(name: str, row: Row, outcome: Any) -> Score | None:
+    if isinstance(outcome, pool.Lost):
+        return Score(None, note=outcome.why)
+    if isinstance(outcome, Exception):
+        raise _named(name, row, outcome) from outcome
+    return _one_each(name, outcome, 1)[0]
+
+
+def _score_here(name: str, completions: Sequence[str], rows: Sequence[Row], args: dict[str, Any]) -> list[Score | None]:
     module, function = REWARDS[name].target.split(":")
     reward = getattr(importlib.import_module(module), function)
     try:
         scores = reward(completions, rows, **args)
-    except InputError:
-        raise
     except Exception as error:
         culprit = next((row for text, row in zip(completions, rows, strict=True) if _raises(reward, text, row, args)), None)
-        where = f"on the row with id {culprit.get('id')!r}" if culprit is not None else "on the whole batch"
-        raise InputError(f"reward {name!r} raised {type(error).__name__} {where}: {error}") from error
-    if len(scores) != len(completions):
-        raise InputError(f"reward {name!r} gave {len(scores)} scores for {len(completions)} completions; it must give one each")
+        raise _named(name, culprit, error) from error
+    return _one_each(name, scores, len(completions))
+
+
+def _named(name: str, row: Row | None, error: Exception) -> InputError:
+    """The error of a reward that raised, with its row; one that is meant for a person speaks for itself."""
+    where = f"on the row with id {row.get('id')!r}" if row is not None else "on the whole batch"
+    told = f"reward {name!r} raised {type(error).__name__} {where}: {error}"
+    return error if isinstance(error, InputError) else InputError(told)
+
+
+def _one_each(name: str, scores: list[Score | None], count: int) -> list[Score | None]:
+    if len(scores) != count:
+        raise InputError(f"reward {name!r} gave {len(scores)} scores for {count} completions; it must give one each")
     return scores
 
 
@@ -52,9 +101,23 @@ def _raises(reward: Any, completion: str, row: Row, args: dict[str, Any]) -> boo
 
 
 def require_columns(name: str, columns: Iterable[str], dataset: str) -> None:
-    """Refuse a dataset that lacks a column which a reward needs, before anything is sampled."""
-    missing = sorted(set(REWARDS[name].columns) - set(columns))
+    """Refuse, before anything is sampled, a reward whose package is missing and a dataset that lacks a column it needs."""
+    entry = REWARDS[name]
+    for package in [entry.package, "pebble" if entry.pooled else None]:
+        if package and importlib.util.find_spec(package.partition("[")[0].replace("-", "_")) is None:
+            raise InputError(f"reward {name!r} needs a package that is not installed: pip install '{package}'")
+    missing = sorted(set(entry.columns) - set(columns))
     if missing:
         raise InputError(
             f"reward {name!r} needs the column {missing[0]!r}, which {dataset} does not have (it has {', '.join(columns)})"
         )
+
+
+def check_rows(name: str, rows: Sequence[Row], timeout: float = SECONDS) -> None:
+    """Refuse, before anything is sampled, a row that a reward cannot rate completions of. Raises InputError naming it."""
+    target = REWARDS[name].check
+    if target is None:
+        return
+    for row, problem in zip(rows, pool.submit(target, [((row,), {}) for row in rows], timeout)(), strict=True):
+        if problem is not None:
+            raise InputError(f"the row with id {row.get('id')!r}, for the reward {name!r}: {problem}")

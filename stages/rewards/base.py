@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,42 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Score:
-    """A completion's reward. `step_ends` are inclusive character positions of the steps that `step_scores` rate."""
+    """A completion's reward. `step_ends` are inclusive character positions of the steps that `step_scores` rate.
 
-    total: float
+    `total` is None where there is no verdict. `note` says in a few words why the verdict is what it is, or why there is none
+    ("no answer", "timeout"); notes are counted, so they come from a small set. What follows a colon is detail, not counted.
+    """
+
+    total: float | None
     components: Mapping[str, float] = field(default_factory=dict)
     step_scores: Sequence[float] | None = None
     step_ends: Sequence[int] | None = None
+    note: str | None = None
+
+
+def verdict(score: Score | None) -> float | None:
+    """A score's total; None when there is no verdict, or one that is not finite."""
+    return None if score is None or score.total is None or not math.isfinite(score.total) else float(score.total)
 
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """Where a reward's function is, its version (raised when its values change), the columns its rows must have. A learned
-    reward reads a model, which the stage is given as the input `port`. One whose arguments are checked names their Config."""
+    """Where a reward's function is, its version (raised when its values change), the columns its rows must have.
+
+    port       a learned reward reads a model, which the stage is given as this input
+    arguments  the Config that its arguments are checked by
+    pooled     it runs in worker processes, each completion with a timeout
+    check      a function that says what is wrong with a row, if anything: asked before anything is sampled
+    package    what to install for it, as pip names it
+    """
 
     target: str
     version: int
     columns: tuple[str, ...] = ()
     port: str | None = None
+    pooled: bool = False
+    check: str | None = None
+    package: str | None = None
     arguments: str | None = None
 
     def parse(self, args: Mapping[str, Any]) -> Config | None:

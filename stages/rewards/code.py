@@ -28,7 +28,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -96,7 +96,8 @@ def code(
     tests = [read_tests(row) for row in rows]
 
     def one(place: int) -> Score | None:
-        return rate(completions[place], tests[place], sandbox, limits, partial, tolerance)[0]
+        score, reason = rate(completions[place], tests[place], sandbox, limits, partial, tolerance)
+        return replace(score or Score(None), note=_note(reason))
 
     with ThreadPoolExecutor(parallel or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(one, range(len(completions))))
@@ -122,6 +123,12 @@ def rate(
     if passed is None:
         return None, reason
     return Score(passed / number if partial else float(passed == number), {"passed": passed / number}), reason
+
+
+def _note(reason: str) -> str | None:
+    """A reason with what is of one test alone behind the colon, since notes are counted by what stands before it."""
+    test, _, what = reason.partition(": ")
+    return f"{what}: {test}" if what and test.startswith("test ") else reason or None
 
 
 def extract(completion: str) -> str | None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from stages.rewards.base import Row, Score
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-THINK = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL)
 WHOLE = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
 
 
@@ -26,21 +24,3 @@ def well_formed(completion: str) -> bool:
         return False
     found = WHOLE.fullmatch(completion)
     return bool(found and found[1].strip() and found[2].strip())
-
-
-def as_shown(completion: str, finish: str | None) -> tuple[str, str | None]:
-    """What a reader is shown, who does not see the thinking: the last answer without its tags, or else the text after the
-    thinking; and how it ended: a complete answer has ended, whatever was cut off after it."""
-    after = completion.rpartition("</think>")[2]
-    if "<think>" in after.partition("<answer>")[0]:  # still thinking
-        return "", finish
-    if found := ANSWER.findall(after):
-        text, closed = found[-1]
-        return text.strip(), "stop" if closed else finish
-    return after.strip(), finish
-
-
-def thinking(completion: str) -> str:
-    """The text between the first pair of thinking tags; all that follows the first one when it is not closed."""
-    found = THINK.search(completion)
-    return found[1] if found else ""

@@ -70,7 +70,8 @@ def judge(completions: Sequence[str], rows: Sequence[Row], **args: Any) -> list[
 
     Raises InputError when it answered nothing at all, or its key or the `openai` package is missing.
     """
-    return [score for score, _ in verdicts(completions, rows, JudgeArgs.model_validate(args))]
+    found = verdicts(completions, rows, JudgeArgs.model_validate(args))
+    return [Score(None, note=why) if score is None else score for score, why in found]
 
 
 def verdicts(completions: Sequence[str], rows: Sequence[Row], args: JudgeArgs) -> list[tuple[Score | None, str]]:
@@ -79,23 +80,23 @@ def verdicts(completions: Sequence[str], rows: Sequence[Row], args: JudgeArgs) -
     failures = [one for one in answers if isinstance(one, Failure)]
     if failures and len(failures) == len(answers):
         raise no_answers(args.endpoint, failures)
-    return [(None, f"the judge: {one.reason}") if isinstance(one, Failure) else read_rating(one, args) for one in answers]
+    return [(None, f"no answer: {one.reason}") if isinstance(one, Failure) else read_rating(one, args) for one in answers]
 
 
 def read_rating(reply: Reply, args: JudgeArgs) -> tuple[Score | None, str]:
     """The rating in a judge's reply, from 0 to 1, or None and why there is none."""
     if reply.truncated:
         # What such a reply ends with may be a quotation.
-        return None, f"the judge's reply was cut off after {args.max_new_tokens} tokens"
+        return None, f"reply cut off: after {args.max_new_tokens} tokens"
     found = re.findall(args.pattern, reply.text)
     if not found:
-        return None, f"no rating in the judge's reply: {reply.text[-200:]!r}"
+        return None, f"no rating: {reply.text[-200:]!r}"
     try:
         rating = float(found[-1])
     except ValueError:
-        return None, f"the judge's rating is no number: {found[-1]!r}"
+        return None, f"rating is no number: {found[-1]!r}"
     if not args.lowest <= rating <= args.highest:
-        return None, f"the judge's rating {rating:g} is not from {args.lowest:g} to {args.highest:g}"
+        return None, f"rating out of range: {rating:g} is not from {args.lowest:g} to {args.highest:g}"
     return Score((rating - args.lowest) / (args.highest - args.lowest)), ""
 
 

@@ -12,7 +12,7 @@ import torch
 from stages.errors import InputError
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, score_rows
 from stages.rewards.base import Row, Score
-from stages.rewards.form import as_shown
+from stages.rewards.text import as_shown
 from stages.specs.common import WeightedReward
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from stages.data.lists import UNLUCKY, wanted
 from stages.rewards.base import Row, Score
-from stages.rewards.form import as_shown
+from stages.rewards.text import as_shown
 
 NUMBER = re.compile(r"\d+")
 

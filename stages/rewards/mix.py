@@ -8,25 +8,25 @@ if it had failed there. Parts of weight 0 are only reported.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stages.errors import InputError
-from stages.rewards import REWARDS, require_columns, score
-from stages.rewards.base import Row, Score
+from stages.rewards import REWARDS, check_rows, require_columns, start
+from stages.rewards.base import Row, Score, verdict
 from stages.specs.common import WeightedReward
 
 
 @dataclass(frozen=True)
 class Mixed:
     """What became of one completion: its reward, every part's score by key (None: no verdict; absent: not for this row), and,
-    as (position of the step's last character, weighted score), what rated which step of it."""
+    as (position of the step's last character, weighted score), what rated which step of it; the parts' notes by key."""
 
     total: float | None
     parts: Mapping[str, float | None]
     steps: Sequence[tuple[int, float]] = field(default_factory=list)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Mixture:
@@ -61,32 +61,41 @@ class Mixture:
                 if row.get(column) is None or row[column] == "":
                     raise InputError(f'{where}: "{column}" is empty, and the reward {part.name!r} needs it')
 
-    def __call__(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Mixed]:
-        """One `Mixed` a completion, in order."""
-        verdicts: list[dict[str, Score | None]] = [{} for _ in completions]
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Refuse, before anything is sampled, a row of which a part can rate no completion: its answer cannot be read."""
         for part in self.parts:
-            places = [place for place, row in enumerate(rows) if applies(part, row)]
-            if not places:
-                continue
-            args = {**part.args, **self.given.get(part.name, {})}
-            found = score(part.name, [completions[i] for i in places], [rows[i] for i in places], **args)
-            for place, one in zip(places, found, strict=True):
-                verdicts[place][part.key] = one if one is not None and math.isfinite(one.total) else None
+            check_rows(part.name, [row for row in rows if applies(part, row)], part.timeout)
+
+    def __call__(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Mixed]:
+        """One `Mixed` a completion, in order. Pooled parts work beside the others."""
+        verdicts: list[dict[str, Score | None]] = [{} for _ in completions]
+        begun = []
+        for part in self.parts:
+            if places := [place for place, row in enumerate(rows) if applies(part, row)]:
+                texts, theirs = [completions[i] for i in places], [rows[i] for i in places]
+                args = {**part.args, **self.given.get(part.name, {})}
+                begun.append((part, places, start(part.name, texts, theirs, part.timeout, **args)))
+        for part, places, finish in sorted(begun, key=lambda one: REWARDS[one[0].name].pooled):
+            for place, one in zip(places, finish(), strict=True):
+                verdicts[place][part.key] = one
         return [self._mixed(text, given) for text, given in zip(completions, verdicts, strict=True)]
 
     def _mixed(self, text: str, verdicts: Mapping[str, Score | None]) -> Mixed:
-        parts = {key: None if one is None else float(one.total) for key, one in verdicts.items()}
-        weighted = [(part.weight, verdicts[part.key]) for part in self.parts if part.weight and part.key in verdicts]
-        known = [(weight, one) for weight, one in weighted if one is not None]
+        parts = {key: verdict(one) for key, one in verdicts.items()}
+        notes = {key: one.note for key, one in verdicts.items() if one is not None and one.note}
+        weighted = [
+            (part.weight, parts[part.key], verdicts[part.key]) for part in self.parts if part.weight and part.key in parts
+        ]
+        known = [(weight, weight * total, one) for weight, total, one in weighted if total is not None and one is not None]
         if len(known) < len(weighted):
-            return Mixed(None, parts)
+            return Mixed(None, parts, notes=notes)
         steps: list[tuple[int, float]] = []
-        for weight, one in known:
+        for weight, value, one in known:
             if one.step_scores is None or one.step_ends is None:
-                steps.append((max(0, len(text) - 1), weight * one.total))
+                steps.append((max(0, len(text) - 1), value))
             else:
-                steps += [(end, weight * value) for end, value in zip(one.step_ends, one.step_scores, strict=True)]
-        return Mixed(sum(weight * one.total for weight, one in known), parts, sorted(steps))
+                steps += [(end, weight * score) for end, score in zip(one.step_ends, one.step_scores, strict=True)]
+        return Mixed(sum(value for _, value, _ in known), parts, sorted(steps), notes)
 
 
 def applies(part: WeightedReward, row: Row) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,8 @@ from stages.rollouts.sample import Row
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Means over completions: `reward` in all and `rewards.*` by component, of those that have one; where they are measured,
-    `kl` to the reference in nats a completion and `entropy` in nats a token; lengths in tokens; the share truncated."""
+    `kl` to the reference in nats a completion and `entropy` in nats a token; lengths in tokens; the share truncated. And
+    `notes.REWARD.REASON`: the completions whose verdict was noted with this reason, where there are any."""
     known = {name: part_B[~part_B.isnan()] for name, part_B in rollouts.each.items()}
     found = {name: float(part_B.mean()) for name, part_B in known.items() if len(part_B)}
     if len(known["reward"]):
@@ -25,6 +28,8 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         found["kl"] = float(kl_B.mean())
     if "entropy" in rollouts.tokens:
         found["entropy"] = float(rollouts.tokens["entropy"].mean())
+    reasons = Counter((key, note.partition(":")[0]) for notes in rollouts.notes for key, note in notes.items())
+    found |= {f"notes.{key}.{'_'.join(reason.split())}": float(count) for (key, reason), count in sorted(reasons.items())}
     return found | {"length": float(rollouts.lengths_B.mean()), "truncated": float(rollouts.truncated_B.mean())}
 
 
@@ -39,8 +44,12 @@ def rollout_records(rollouts: Rollouts, step: int) -> list[Row]:
     """One row a completion, in DESIGN's columns; the advantage is its tokens' mean. Null: no reward, or not measured."""
     kl_B = _drift(rollouts)
     advantage_B = rollouts.sums_B(rollouts.tokens["advantages"]) / rollouts.lengths_B
-    columns = {name: [None if math.isnan(one) else one for one in part_B.tolist()] for name, part_B in rollouts.each.items()}
+    columns: dict[str, list[Any]] = {
+        name: [None if math.isnan(one) else one for one in part_B.tolist()] for name, part_B in rollouts.each.items()
+    }
     columns |= {"kl": [None] * len(rollouts) if kl_B is None else kl_B.tolist(), "advantage": advantage_B.tolist()}
+    if rollouts.notes:
+        columns["notes"] = ["; ".join(f"{key}: {note}" for key, note in of.items()) or None for of in rollouts.notes]
     return [
         sample.record(step, "policy") | {name: values[place] for name, values in columns.items()}
         for place, sample in enumerate(rollouts.samples)

@@ -19,7 +19,8 @@ from stages.specs.grpo import Truncation
 
 
 def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts) -> list[Mixed]:
-    """Score every completion, each process its share; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`."""
+    """Score every completion, each process its share; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`,
+    and what they note."""
     mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
     samples = [rollouts.samples[place] for place in mine]
     rows = [{**sample.row, "finish": sample.completion.finish} for sample in samples]
@@ -30,6 +31,7 @@ def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts)
     rollouts.each["reward"] = _numbers([one.total for one in verdicts])
     for key in mixture.keys:
         rollouts.each[f"rewards.{key}"] = _numbers([one.parts.get(key) for one in verdicts])
+    rollouts.notes = [dict(one.notes) for one in verdicts]
     return verdicts
 
 

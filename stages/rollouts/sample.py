@@ -20,7 +20,7 @@ RECORDED = ("step", "sample", "completion", "length", "finish", "policy")
 
 def of_one_sample(column: str) -> bool:
     """Whether a column of a rollouts dataset tells of one sample, not of its prompt."""
-    return column in (*RECORDED, "reward", "kl", "advantage") or column.startswith("rewards.")
+    return column in (*RECORDED, "reward", "notes", "kl", "advantage") or column.startswith("rewards.")
 
 
 def recorded(row: Row, step: int, sample: int, completion: str, length: int | None, finish: str, policy: str) -> Row:

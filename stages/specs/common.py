@@ -116,6 +116,13 @@ class RewardRef(Config):
 
     name: str = Field(title="Reward", description="A name registered in stages/rewards.")
     args: dict[str, JsonValue] = Field(default_factory=dict, title="Arguments", description="Keyword arguments of the reward.")
+    timeout: float = Field(
+        default=10.0,
+        gt=0,
+        title="Timeout",
+        description="Seconds a completion, for rewards that run in worker processes (math, reasoning_gym): after that it has "
+        "no reward, and counts under the metric `notes.NAME.timeout`. Identity there: another limit gives other rewards.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -144,9 +151,12 @@ class RewardRef(Config):
     def identity(self) -> dict[str, Any]:
         from stages.rewards import REWARDS
 
-        entry = REWARDS[self.name]
-        parsed = entry.parse(self.args)
-        return super().identity() | {"version": entry.version} | ({} if parsed is None else {"args": parsed.identity()})
+        entry, found = REWARDS[self.name], super().identity()
+        if not entry.pooled:
+            del found["timeout"]
+        if (parsed := entry.parse(self.args)) is not None:
+            found["args"] = parsed.identity()
+        return found | {"version": entry.version}
 
 
 class WeightedReward(RewardRef):

@@ -29,16 +29,16 @@ QUESTIONS = [
     "Name a primary colour.",
     "What is 2+2?",
     "Write one sentence about the sea.",
-    "Who wrote Hamlet?",
-    "Translate 'good morning' into Spanish.",
+    "What is 1+1?",
+    "How many legs has a dog?",
     "Why is the sky blue?",
-    "Give me a word that rhymes with cat.",
+    "How many days has a week?",
 ]
-# A model of this size follows examples better than instructions.
-RUBRIC = (
-    "Rate how well the answer fits the question, from {lowest} to {highest}. Reply with the rating in double brackets and "
-    "nothing else, like this: [[3]]"
-)
+ANSWERS = ["Paris.", "Blue.", "4", "The sea is deep.", "2", "It has 4 legs.", "Ask me later.", "A week has 7 days."]
+# A model of this size cannot judge: mostly it repeats the answer. What is tested is the way there and back, so any single digit
+# that it says is taken for its rating.
+RUBRIC = "Reply with one number from {lowest} to {highest}: how good is the answer?"
+JUDGE = {"rubric": RUBRIC, "pattern": r"\b(\d)\b", "lowest": 0, "highest": 9, "max_new_tokens": 20}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_teacher_says_what_the_model_says_here(
 
 
 def test_the_best_of_a_teacher_s_samples_by_a_judge(endpoint: dict[str, Any], prompts: Path, tmp_path: Path) -> None:
-    args = {"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 20}
+    args: dict[str, Any] = JUDGE | {"endpoint": endpoint}
     config = {
         "samples": 2,
         "sampling": {"max_new_tokens": 8},
@@ -120,7 +120,7 @@ def test_the_best_of_a_teacher_s_samples_by_a_judge(endpoint: dict[str, Any], pr
     rows = list(read_rows(run.folder / "outputs" / "samples"))
     [metrics] = [event["metrics"] for event in seen if event["event"] == "metrics"]
     print(metrics, rows)
-    assert 1 <= len(rows) <= 8, "it gives some ratings, and not always one"
+    assert 1 <= len(rows) <= 8, "a prompt is left out when the judge rated none of its samples"
     assert all(0 <= row["reward"] <= 1 for row in rows)
     assert metrics["unrated"] < 16
     # Once more with the server out of reach: all of it is there already.
@@ -132,15 +132,15 @@ def test_the_best_of_a_teacher_s_samples_by_a_judge(endpoint: dict[str, Any], pr
 
 
 def test_a_judge_rates_or_says_why_not(endpoint: dict[str, Any]) -> None:
-    answers = ["Paris.", "Blue.", "4", "The sea is deep.", "Shakespeare.", "Buenos días.", "Ask me [[5]] later.", "Hat."]
-    args = JudgeArgs.model_validate({"endpoint": endpoint, "rubric": RUBRIC, "highest": 5, "max_new_tokens": 20})
-    found = verdicts(answers, [{"prompt": question} for question in QUESTIONS], args)
+    args = JudgeArgs.model_validate(JUDGE | {"endpoint": endpoint})
+    found = verdicts(ANSWERS, [{"prompt": question} for question in QUESTIONS], args)
     print(found)
     assert len(found) == 8
     for score, why in found:
         assert (score is None) == bool(why)
-        assert score is None or 0 <= score.total <= 1
+        assert score is None or score.total in [n / 9 for n in range(10)]
     assert any(score is not None for score, _ in found)
+    assert any("no rating" in why for _, why in found)
 
 
 def test_a_model_that_the_server_does_not_have(endpoint: dict[str, Any], prompts: Path, tmp_path: Path) -> None:

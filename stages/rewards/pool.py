@@ -1,0 +1,101 @@
+"""Worker processes for verifiers, beside the work of this one: what hangs or dies costs its own call, nothing else.
+
+Workers come from a fork server that has never seen torch or a thread, one pool a module, which its workers have imported before
+their first call: a timeout counts a call alone. They wait for the next step's calls, and end with this process, however it
+ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as CallTimeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pebble import ProcessFuture, ProcessPool
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+MEMORY = 4 * 2**30  # bytes of address space a worker; an answer such as 10**10**10 would take all there is
+
+_pools: dict[str, ProcessPool] = {}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A call without a result: why, in a word or two."""
+
+    why: str
+
+
+def submit(target: str, calls: Sequence[Call], timeout: float) -> Callable[[], list[Any]]:
+    """Begin calls, as (args, kwargs), of the function at `module:name`, each limited to `timeout` seconds. What is returned
+    waits for their results, in order: what the function returned, the exception that it raised, or `Lost`."""
+    futures = [_schedule(target, call, timeout) for call in calls]
+    return lambda: [_result(target, call, timeout, future) for call, future in zip(calls, futures, strict=True)]
+
+
+def workers() -> int:
+    """Worker processes a pool: one core is left to this process, and the others of its machine have their share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+
+
+def _schedule(target: str, call: Call, timeout: float) -> ProcessFuture[Any]:
+    from pebble import ProcessPool
+
+    module = target.split(":")[0]
+    if module not in _pools or not _pools[module].active:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([module])
+        _pools[module] = ProcessPool(workers(), initializer=_begin, initargs=(module,), context=context)  # pyright: ignore[reportArgumentType]
+    return _pools[module].schedule(_call, (target, *call), timeout=timeout)
+
+
+def _result(target: str, call: Call, timeout: float, future: ProcessFuture[Any]) -> Any:
+    from pebble import ProcessExpired
+
+    for _ in range(2):
+        try:
+            return future.result()
+        except CallTimeout:
+            return Lost("timeout")
+        except ProcessExpired:
+            return Lost("died")
+        except MemoryError:
+            return Lost("out of memory")
+        except BrokenProcessPool:  # a worker died between two calls, by no fault of this one
+            future = _schedule(target, call, timeout)
+        except Exception as error:
+            return error
+    return Lost("died")
+
+
+def _begin(module: str) -> None:
+    """Make this process a worker."""
+    # The parent's end of this pipe closes when it dies, also by kill -9: then the kernel ends a worker, busy or not.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python would wait for a call that holds the interpreter
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    importlib.import_module(module)
+
+
+def _call(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    module, name = target.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    except Exception:
+        raise
+    except BaseException:  # SystemExit and its like are to end this process, not the one that waits
+        os._exit(1)
