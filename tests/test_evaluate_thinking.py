@@ -25,7 +25,7 @@ THOUGHT = {
     "<answer>3</answer>": 0,
     "<think></think><answer>3</answer>": 0,
     "<think>1+2=3;3": 6,
-    "<think>1</think>5<think>2;2</think>": 1,
+    "<think>1</think>5<think>2;2</think>": 7,
     "": 0,
 }
 

@@ -85,6 +85,9 @@ def test_columns_of_two_types_are_refused(tmp_path: Path, dataset: Make) -> None
     # Unless the column does not stay as it is.
     made = prepare(tmp_path / "constant", one, also=two, constants={"answer": "x"})
     assert [row["answer"] for row in made.train] == ["x", "x"]
+    whole, half = (dataset([{"prompt": f"{m}", "chosen": "a", "rejected": "b", "margin": m}], f"margin {m}") for m in (1, 0.5))
+    made = prepare(tmp_path / "left out", whole, also=half, form="prompts")
+    assert prompts(made.train) == ["1", "0.5"]
 
 
 @pytest.mark.parametrize(
