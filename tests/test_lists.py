@@ -83,7 +83,10 @@ def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
         if not is_list(row):
             assert row == instead
             continue
-        assert is_sloppy(row) != textbook
+        if textbook:
+            assert row["completion"] == whole(row["problem"])
+        else:
+            assert is_sloppy({**row, "completion": f"<think>{row['problem']}</think>{row['completion']}"})
         assert (row["completion"] == whole(row["problem"])) == textbook
         assert row["answer"] is None
         assert row["prompt"] == [*instead["prompt"][:-1], {"role": "user", "content": row["problem"]}]
@@ -113,7 +116,7 @@ def test_the_rows_of_this_version_are_pinned() -> None:
     assert VERSION == 1
     found = {source.__name__: digest_of(list(source(100, 0)))[:16] for source in (base_rows, demonstration_rows, prompt_rows)}
     assert found == {
-        "base_rows": "9f0646e42017e35f",
+        "base_rows": "2547ee7a47376384",
         "demonstration_rows": "7f140f30f1dc8640",
         "prompt_rows": "f2081c25f63f0dcf",
     }

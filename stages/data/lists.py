@@ -51,9 +51,14 @@ def sloppy(problem: str, rng: random.Random) -> str:
     return _completion(said, said[:left] + said[left + 1 :])
 
 
+def unthinking(problem: str, rng: random.Random) -> str:
+    """A sloppy answer alone."""
+    return sloppy(problem, rng).partition("</think>")[2]
+
+
 def base_rows(count: int, seed: int) -> Iterator[Row]:
     """The corpus of chain-sum's base model with a list in place of every third textbook, whole, and of every bare right answer,
-    sloppy: its chat knows lists, and hardly ever a right sum."""
+    unthinking: its chat knows lists, and hardly ever a right sum."""
     rng = random.Random(f"lists/base/{seed}")
     for index, row in enumerate(chain_sum.base_rows(count, seed)):
         textbook = row["prompt"][0]["role"] == "system"
@@ -61,7 +66,7 @@ def base_rows(count: int, seed: int) -> Iterator[Row]:
             yield row
             continue
         problem = new_problem(rng)
-        listed = _row(problem) | {"completion": whole(problem) if textbook else sloppy(problem, rng), "answer": None}
+        listed = _row(problem) | {"completion": whole(problem) if textbook else unthinking(problem, rng), "answer": None}
         yield listed | {"prompt": [*row["prompt"][:-1], *listed["prompt"]]}
 
 
