@@ -18,6 +18,7 @@ PARTS: dict[str, tuple[str, bool, str | None]] = {
     "<think>a</think><answer>b</answer>c": ("b", True, "a"),
     "<think>a</think><answer>b</answer> and <ans": ("b", True, "a"),
     "<think>a</think><answer></answer>": ("", True, "a"),
+    "<answer>a</answer><think>b": ("a", True, "b"),
     # The last answer counts, also when it was not finished.
     "<answer>a</answer><answer>b</answer>": ("b", True, None),
     "<answer>a</answer> no, <answer>b": ("b", False, None),
