@@ -78,7 +78,7 @@ def read_recipe(path: Path, settings: Sequence[str] = (), seed: int | None = Non
     values = _read_mapping(path, ())
     if not isinstance(values.get("flow"), str):
         raise InputError(f"{path}: a recipe is a mapping with a key `flow`")
-    values.setdefault("name", path.stem)
+    values.setdefault("name", _name(path))
     for setting in settings:
         apply(values, setting)
     return values if seed is None else values | {"seed": seed}
@@ -100,7 +100,12 @@ def _read_mapping(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     below = values.pop("extends", None)
     if below is None:
         return values
-    return _laid_over(_read_mapping(path.parent / str(below), (*seen, path.resolve())) | {"name": path.stem}, values)
+    return _laid_over(_read_mapping(path.parent / str(below), (*seen, path.resolve())) | {"name": _name(path)}, values)
+
+
+def _name(path: Path) -> str:
+    """A recipe's name by its file: MLflow's names of models have no dots."""
+    return path.stem.replace(".", "-")
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def tiny(*settings: str, seed: int | None = None) -> RlhfRecipe:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     values = read_recipe(path)
-    assert parse({"rlhf": RlhfRecipe, "r1": R1Recipe}[values["flow"]], values, str(path)).name == path.stem
+    assert parse({"rlhf": RlhfRecipe, "r1": R1Recipe}[values["flow"]], values, str(path)).name == path.stem.replace(".", "-")
 
 
 @pytest.mark.parametrize("name", ["hh-smollm2", "hh-smollm2-small"])
