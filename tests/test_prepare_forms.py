@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from preparing import Row, prepare, prompts
+from pydantic import ValidationError
 
 from stages.errors import InputError
 
@@ -110,3 +111,28 @@ def test_rows_of_another_kind_than_the_first_are_unusable(tmp_path: Path, rows: 
     assert [row["prompt"] for row in kept.train] == ["a"]
     pairs = [{"prompt": name, "chosen": "yes", "rejected": "no"} for name in "ab"]
     assert len(prepare(tmp_path / "margin", [pairs[0], pairs[1] | {"margin": 0.5}]).train) == 2
+
+
+# Templates.
+
+
+def test_a_template_stands_around_the_prompt(tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": "1+1?"}, {"prompt": "{prompt} {x}"}]
+    made = prepare(tmp_path, rows, template="Q: {prompt} {y}\nA:")
+    assert [row["prompt"] for row in made.train] == ["Q: 1+1? {y}\nA:", "Q: {prompt} {x} {y}\nA:"]
+    chat = prepare(tmp_path / "chat", rows, template="Q: {prompt}", chat=True)
+    assert chat.train[0]["prompt"] == [{"role": "user", "content": "Q: 1+1?"}]
+
+
+def test_the_template_of_r1_zero(tmp_path: Path) -> None:
+    [row] = prepare(tmp_path, [{"prompt": "1+1?"}], template="r1-zero").train
+    assert row["prompt"].startswith("A conversation between User and Assistant. The user asks a question,")
+    assert "i.e., <think> reasoning process here </think><answer> answer here </answer>.\n" in row["prompt"]
+    assert row["prompt"].endswith("\nUser: 1+1?. Assistant:")
+
+
+def test_a_template_is_for_text_and_needs_a_place_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl row 1: `template` is for text"):
+        prepare(tmp_path, [{"prompt": [{"role": "user", "content": "a"}]}], template="r1-zero")
+    with pytest.raises(ValidationError, match="template"):
+        prepare(tmp_path / "none", [{"prompt": "a"}], template="Q: A:")

@@ -12,45 +12,17 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from planning import Seen, noted
 
 from flows.r1 import DEFINITION, NEEDS, R1Recipe, steps
 from flows.recipe import parse, read_recipe
-from stages.artifacts import handle
 from stages.errors import InputError
-from stages.specs import Config
-from tasks.pipeline import Outputs, Pending, Pipeline, Source
 
 TINY = ROOT / "tests" / "tiny" / "r1.yaml"
 
 
-class Seen(Pipeline):
-    """Notes every step's stage, config and where its inputs come from, and runs nothing."""
-
-    def __init__(self, inputs: Any) -> None:
-        store: Any = None
-        super().__init__("r1", store, inputs, "")
-        self.read: dict[str, dict[str, str]] = {}
-        self.made: dict[str, tuple[str, Any]] = {}
-
-    def step(self, name: str, stage: str, config: Config, **sources: Source) -> Outputs:
-        assert name not in self.read
-        self.read[name] = {port: _named(source) for port, source in sources.items() if source is not None}
-        self.made[name] = (stage, config)
-        return Outputs(name, None)
-
-
-def _named(source: Any) -> str:
-    return f"{source.step}.{source.output}" if isinstance(source, Pending) else source.name
-
-
 def planned(values: Mapping[str, Any]) -> Seen:
-    """The steps of a recipe; each input is a handle of its own name."""
-    recipe = parse(R1Recipe, values, "r1.yaml")
-    kinds: dict[str, Any] = {name: kind for name, (_, kind) in recipe.references().items()}
-    inputs: Any = {n: handle(k, name=n, version="1", digest=n, uri=f"models:/{n}/1") for n, k in kinds.items()}
-    pipeline = Seen(inputs)
-    steps(pipeline, recipe)
-    return pipeline
+    return noted(parse(R1Recipe, values, "r1.yaml"), steps)
 
 
 def tiny(*settings: str, without: tuple[str, ...] = (), inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
