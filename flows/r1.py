@@ -165,7 +165,7 @@ class Road:
     general: Outputs | None
 
     def made(self, name: str, make: Callable[[], Source]) -> Source:
-        """The input of a step's name, else what the step makes, else nothing. A policy is measured."""
+        """The input of a step's name, else what the step makes, else nothing."""
         given = self.pipeline.inputs.get(name)
         return given if given is not None else make() if getattr(self.recipe, name) is not None else None
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from stages.artifacts import digest_of
 from stages.data.grouping import together
-from stages.data.parquet import RowWriter, read_schema
+from stages.data.parquet import RowWriter, count_rows, read_schema
 from stages.data.schemas import row_id
 from stages.errors import InputError
 from stages.rewards.learned import load_judges, model_arguments
@@ -59,11 +59,12 @@ def rejection(
 
     own: dict[str, pa.DataType] = {field.name: field.type for field in schema}
     scores = dict.fromkeys(("reward", *(f"rewards.{key}" for key in mixture.keys)), pa.float64())
-    kept, rates = {"id": pa.string(), "prompt_id": own["id"], **scores}, {"samples": pa.int64(), "pass_rate": pa.float64()}
-    types = {"train": own | kept, "heldout": own | kept, "prompts": own | rates}
+    demonstrations = own | {"id": pa.string(), "prompt_id": own["id"], **scores}
+    prompts = own | {"samples": pa.int64(), "pass_rate": pa.float64()}
+    types = {"train": demonstrations, "heldout": demonstrations, "prompts": prompts}
     writers = {name: RowWriter(run.output(name), types=types[name]) for name in types}
     counts: Counter[str] = Counter()
-    groups = together(run.rows(samples))
+    groups, total = together(run.rows(samples)), count_rows(samples)
     while chunk := list(islice(groups, CHUNK)):
         rows = [row for group in chunk for row in group]
         verdicts = iter(mixture([row["completion"] for row in rows], rows))
@@ -72,7 +73,7 @@ def rejection(
             writers["prompts"].add(_prompt(group[0]) | {"samples": len(group), "pass_rate": accepted / len(group)})
             for one in kept:
                 writers["heldout" if _held_out(config, group[0]) else "train"].add(_demonstration(*one))
-        run.progress(counts["samples"], counts["samples"], f"{counts['kept']} kept")
+        run.progress(counts["samples"], total, f"{counts['kept']} kept")
     _report(run, counts, {name: writer.close() for name, writer in writers.items()})
 
 

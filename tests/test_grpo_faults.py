@@ -88,6 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"supervision": "process", "reference_kl": {"place": "reward", "coefficient": 0.1}}, "the KL in the loss"),
     ({"supervision": "process", "truncation": {"how": "penalise"}}, "truncation.how can be keep or mask"),
     ({"objective": "ranked_pairs", "reference_kl": {"place": "reward", "coefficient": 0.1}}, "put it in the loss"),
+    ({"truncation": {"how": "penalise", "window": 99}}, r"window \(99\) is longer than sampling.max_new_tokens"),
     ({"minibatches": 5}, r"minibatches \(5\) cannot be more than prompts \(4\)"),
     ({"sampling": {"temperature": 0}}, "draw from the policy itself"),
     ({"sampling": {"top_p": 0.9}}, "draw from the policy itself"),

@@ -173,6 +173,11 @@ class GrpoConfig(Config):
             raise ValueError("process supervision gives advantages a token: it needs objective grpo, and the KL in the loss")
         if self.objective == "ranked_pairs" and self.reference_kl.place == "reward":
             raise ValueError("ranked_pairs compares the rewards alone, where a KL would be lost: put it in the loss")
+        if self.truncation.window > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"truncation.window ({self.truncation.window}) is longer than sampling.max_new_tokens "
+                f"({self.sampling.max_new_tokens}): completions of any length would be penalised"
+            )
         if self.supervision == "process" and self.truncation.how == "penalise":
             raise ValueError("process supervision rates steps: truncation.how can be keep or mask")
         require_distinct(self.rewards)
