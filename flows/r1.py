@@ -112,6 +112,11 @@ class R1Recipe(Recipe):
         default=None, title="harmless_labels", description="Who finds which completion less harmful."
     )
     harmless: RewardModelConfig | None = Field(default=None, title="harmless", description="Learns what is harmless.")
+    mixed: PrepareConfig = Field(
+        default_factory=PrepareConfig,
+        title="mixed",
+        description="Joins reasoning and general prompts for the step second; its `rows` are the most it takes of either.",
+    )
     second: GrpoConfig | None = Field(
         default=None, title="second", description="RL on all prompts, with rules and learned rewards."
     )
@@ -262,7 +267,7 @@ def _second(road: Road, policy: Source) -> Source:
     """RL on reasoning and general prompts, with the reward models that its rewards name."""
     pipeline, prompts, answers = road.pipeline, road.prompts["train"], None
     if road.general is not None:
-        prompts = pipeline.step("mixed", "prepare", PrepareConfig(), source=prompts, also=road.general["train"])["train"]
+        prompts = pipeline.step("mixed", "prepare", road.recipe.mixed, source=prompts, also=road.general["train"])["train"]
         if road.recipe.answers is not None:
             answers = road.sampled("answers", policy, road.general)
     helpful, harmless = (

@@ -78,8 +78,9 @@ def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
     assert len(rows) == 10_000
     for place, (row, instead) in enumerate(zip(rows, sums, strict=True)):
         textbook = instead["prompt"][0]["role"] == "system"
-        right = instead["completion"] == f"<answer>{instead['answer']}</answer>"
-        assert is_list(row) == (place % 3 == 2 if textbook else right)
+        bare = instead["completion"] == f"<answer>{instead['answer']}</answer>"
+        good = instead["completion"] == chain_sum.worked(instead["problem"])
+        assert is_list(row) == (place % 3 == 2 if textbook else bare or (good and place % 2 == 1))
         if not is_list(row):
             assert row == instead
             continue
@@ -92,8 +93,8 @@ def test_the_base_corpus_has_lists_in_place_of_some_of_chain_sum_s() -> None:
         assert row["prompt"] == [*instead["prompt"][:-1], {"role": "user", "content": row["problem"]}]
         assert row.keys() == instead.keys()
     chat = [row for row in rows if row["prompt"][0]["role"] == "user"]
-    # Its chat hardly ever knows a right sum without steps; lists it knows. Of 3000, (0.15 + 0.32 / 20) are lists.
-    assert sum(is_list(row) for row in chat) / 3000 == pytest.approx(0.15 + 0.016, abs=0.03)
+    # Its chat hardly ever knows a right sum without steps; lists it knows. Of 3000, (0.15 + 0.32 / 20 + 0.1 / 2) are lists.
+    assert sum(is_list(row) for row in chat) / 3000 == pytest.approx(0.15 + 0.016 + 0.05, abs=0.03)
     assert not any(row["completion"] == f"<answer>{row['answer']}</answer>" for row in chat)
 
 
@@ -113,10 +114,10 @@ def test_rows_hold_their_problem(rows: Any) -> None:
 
 def test_the_rows_of_this_version_are_pinned() -> None:
     """Raise VERSION when this fails on purpose: a source's rows are identified by name and version."""
-    assert VERSION == 1
+    assert VERSION == 2
     found = {source.__name__: digest_of(list(source(100, 0)))[:16] for source in (base_rows, demonstration_rows, prompt_rows)}
     assert found == {
-        "base_rows": "2547ee7a47376384",
+        "base_rows": "e0b7a17b7cb8dc90",
         "demonstration_rows": "7f140f30f1dc8640",
         "prompt_rows": "f2081c25f63f0dcf",
     }

@@ -55,6 +55,12 @@ def test_each_filter_counts_what_it_took(tmp_path: Path) -> None:
         prepare(tmp_path / "other", rows, filters={"equals": {"language": "en"}})
 
 
+def test_a_prompt_is_as_long_as_what_its_messages_say(tmp_path: Path) -> None:
+    rows = [{"prompt": "abcd", "completion": "x"}, {"prompt": "abcde", "completion": "x"}]
+    made = prepare(tmp_path, rows, chat=True, system='"\n"', filters={"max_prompt_chars": 7})
+    assert [row["prompt"][-1]["content"] for row in made.train] == ["abcd"]
+
+
 def test_filters_see_both_sides_of_a_pair(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "chosen": "1", "rejected": "123"},

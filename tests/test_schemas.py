@@ -249,7 +249,6 @@ def test_ids_are_of_the_canonical_columns_alone() -> None:
     assert len({row_id(one) for one in [row, *others]}) == 6
 
 
-def test_prompts_are_told_apart_by_their_text() -> None:
+def test_what_a_prompt_says_is_its_text_or_all_of_its_messages() -> None:
     assert prompt_text("a") == "a"
-    assert prompt_text([ASKED]) == '[{"content":"What color is the sky?","role":"user"}]'
-    assert prompt_text([ASKED]) != prompt_text([ASKED | {"role": "system"}])
+    assert prompt_text([{"role": "system", "content": "Be brief."}, ASKED]) == "Be brief.What color is the sky?"

@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.data import chain_sum
 
-VERSION = 1
+VERSION = 2
 UNLUCKY = "4"
 
 Row = dict[str, Any]
@@ -57,12 +57,13 @@ def unthinking(problem: str, rng: random.Random) -> str:
 
 
 def base_rows(count: int, seed: int) -> Iterator[Row]:
-    """The corpus of chain-sum's base model with a list in place of every third textbook, whole, and of every bare right answer,
-    unthinking: its chat knows lists, and hardly ever a right sum."""
+    """The corpus of chain-sum's base model with a list in place of every third textbook, whole, and of every bare right answer
+    and every other good one, unthinking: its chat knows lists, and hardly ever a right sum."""
     rng = random.Random(f"lists/base/{seed}")
     for index, row in enumerate(chain_sum.base_rows(count, seed)):
         textbook = row["prompt"][0]["role"] == "system"
-        if index % 3 < 2 if textbook else row["completion"] != chain_sum.bare(int(row["answer"])):
+        taken = {chain_sum.bare(int(row["answer"])), chain_sum.worked(row["problem"]) if index % 2 else None}
+        if index % 3 < 2 if textbook else row["completion"] not in taken:
             yield row
             continue
         problem = new_problem(rng)

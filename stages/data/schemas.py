@@ -17,7 +17,7 @@ import re
 from itertools import takewhile
 from typing import Any, Literal
 
-from stages.artifacts import canonical_json, digest_of
+from stages.artifacts import digest_of
 from stages.errors import InputError
 
 Row = dict[str, Any]
@@ -73,8 +73,8 @@ def row_id(row: Row) -> str:
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as one text, for lengths and for telling prompts apart."""
-    return prompt if isinstance(prompt, str) else canonical_json(prompt)
+    """What a prompt says, all its messages end to end."""
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
 
 
 def parse_dialogue(text: str, where: str) -> list[dict[str, str]]:

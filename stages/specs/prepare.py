@@ -13,10 +13,13 @@ class Filters(Config):
     """Rows to leave out; each filter reports how many it took. Lengths are in characters."""
 
     min_prompt_chars: int = Field(
-        default=0, ge=0, title="Shortest prompt", description="Drop rows whose prompt has fewer characters."
+        default=0,
+        ge=0,
+        title="Shortest prompt",
+        description="Drop rows whose prompt has fewer characters, all messages together.",
     )
     max_prompt_chars: int | None = Field(
-        default=None, ge=1, title="Longest prompt", description="Drop rows whose prompt has more."
+        default=None, ge=1, title="Longest prompt", description="Drop rows whose prompt has more, all messages together."
     )
     min_completion_chars: int = Field(
         default=0,
@@ -107,7 +110,7 @@ class PrepareConfig(Config):
 
 SPEC = StageSpec(
     name="prepare",
-    version=1,
+    version=2,
     config=PrepareConfig,
     inputs={
         "source": Port("dataset"),

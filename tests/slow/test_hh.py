@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from recipes import run_recipe, settings
 
 from stages.artifacts import handle
 from stages.data.parquet import read_rows
@@ -31,16 +30,7 @@ def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """The state folder, and the steps that the command reports."""
     state = tmp_path_factory.mktemp("state")
     references = [f"inputs.model={next(smollm2.glob('*.gguf'))}", "inputs.preferences=tests/data/hh-rlhf.jsonl"]
-    return state, posttrain(state, *(word for setting in [*references, *SETTINGS] for word in ("--set", setting)))
-
-
-def posttrain(state: Path, *settings: str) -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    command = [sys.executable, "-m", "flows.cli", "run", "configs/hh-smollm2-small.yaml", "--json", *settings]
-    environment["POSTTRAIN_HOME"] = str(state)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    return {step["name"]: step for step in json.loads(done.stdout)["stages"]}
+    return state, run_recipe(state, "hh-smollm2-small", *settings(*references, *SETTINGS))
 
 
 @pytest.fixture

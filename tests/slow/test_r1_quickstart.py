@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import ROOT
+from recipes import run_recipe
 
 pytestmark = pytest.mark.slow
-
-
-def r1(state: Path, *more: str) -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    command = [sys.executable, "-m", "flows.cli", "run", "configs/r1-quickstart.yaml", "--json", "--seed", "11", *more]
-    environment["POSTTRAIN_HOME"] = str(state)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
+COMMAND = ("r1-quickstart", "--seed", "11")
 
 
 def test_a_base_model_learns_to_reason_and_teaches_a_student(tmp_path: Path) -> None:
-    stages = r1(tmp_path)
+    stages = run_recipe(tmp_path, *COMMAND)
     found = {name.removeprefix("evaluate-"): stage["metrics"] for name, stage in stages.items() if name.startswith("evaluate-")}
     for name, metrics in found.items():
         print(name, {one: round(metrics[one], 3) for one in ("accuracy", "rewards.format", "thinking", "length")})
@@ -44,8 +31,9 @@ def test_a_base_model_learns_to_reason_and_teaches_a_student(tmp_path: Path) -> 
         {name: (round(before[name], 3), round(after[name], 3)) for name in ("rewards.lists_helpful", "rewards.lists_harmless")}
     )
     assert after["rewards.lists_harmless"] > before["rewards.lists_harmless"]
+    assert after["rewards.lists_helpful"] > before["rewards.lists_helpful"]
 
-    again = r1(tmp_path)
+    again = run_recipe(tmp_path, *COMMAND)
     assert {stage["status"] for stage in again.values()} == {"skipped"}
-    planned = r1(tmp_path, "--set", "distilled.steps=100", "--dry-run")
+    planned = run_recipe(tmp_path, *COMMAND, "--set", "distilled.steps=100", "--dry-run")
     assert {name for name, stage in planned.items() if stage["action"] == "run"} == {"distilled", "evaluate-distilled"}
