@@ -36,7 +36,7 @@ ROWS: list[tuple[list[dict[str, Any]], dict[int, Any], str]] = [
     (
         [CHAT | {"where": {"domain": "maths"}}],
         {},
-        "reward 'length' is for rows by the column 'domain', which the prompts",
+        "reward 'length' is for rows by the column 'domain', which is not in the prompts",
     ),
 ]
 
@@ -53,7 +53,7 @@ def test_a_row_that_no_reward_can_rate_is_named_before_anything_is_sampled(
 
 def test_a_missing_column_is_named(bench: Bench) -> None:
     rows = [{name: value for name, value in row.items() if name != "answer"} for row in PROMPTS]
-    with pytest.raises(InputError, match="reward 'answer' needs the column 'answer', which the prompts does not have"):
+    with pytest.raises(InputError, match="reward 'answer' needs the column 'answer', which is not in the prompts"):
         bench.train(rewards=[ANSWER], inputs={"prompts": folder(bench.path / "prompts", rows)})
     assert bench.sampled == []
 

@@ -46,7 +46,7 @@ def test_both_or_neither_of_reward_and_reward_model_is_an_error(label: Label, in
 
 def test_a_missing_column_is_named_before_anything_is_scored(label: Label) -> None:
     rows = [{name: value for name, value in row.items() if name != "answer"} for row in group("a", "1", "2")]
-    with pytest.raises(InputError, match=r"reward 'worth' needs the column 'answer', which the samples does not have"):
+    with pytest.raises(InputError, match=r"reward 'worth' needs the column 'answer', which is not in the samples"):
         label(rows)
     assert SCORED == []
 

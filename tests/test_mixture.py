@@ -202,10 +202,10 @@ def test_columns_that_a_part_reads_or_chooses_by_must_be_there() -> None:
     # However the columns come.
     mixture.check(iter(["level", "kind", "told"]), "the prompts")
     with pytest.raises(
-        InputError, match=r"reward 'other' needs the column 'kind', which the prompts does not have \(it has told"
+        InputError, match=r"reward 'other' needs the column 'kind', which is not in the prompts \(columns: told"
     ):
         mixture.check(["told", "level"], "the prompts")
-    message = r"reward 'length' is for rows by the column 'level', which data/2 does not have \(it has told, kind\)"
+    message = r"reward 'length' is for rows by the column 'level', which is not in data/2 \(columns: told, kind\)"
     with pytest.raises(InputError, match=message):
         mixture.check(iter(["told", "kind"]), "data/2")
     labelled = Mixture([part("length", label="brief", where={"level": "3"})])

@@ -55,8 +55,8 @@ def test_a_missing_column_is_named_before_anything_is_scored(reject: Reject, col
     message = {
         "id": r'the samples have no column "id" \(they have prompt, answer, level',
         "completion": r'the samples have no column "completion" \(they have id, prompt, answer',
-        "answer": "reward 'worth' needs the column 'answer', which the samples does not have",
-        "level": "reward 'worth' is for rows by the column 'level', which the samples does not have",
+        "answer": "reward 'worth' needs the column 'answer', which is not in the samples",
+        "level": "reward 'worth' is for rows by the column 'level', which is not in the samples",
     }[column]
     with pytest.raises(InputError, match=message):
         reject(rows, criteria=[RIGHT | {"where": {"level": "7"}}])

@@ -149,7 +149,7 @@ def test_a_wrong_number_of_scores_is_refused() -> None:
 
 
 def test_a_missing_column_is_refused() -> None:
-    message = r"reward 'chain_sum' needs the column 'problem', which rlhf-prompts/2 does not have \(it has id, answer\)"
+    message = r"reward 'chain_sum' needs the column 'problem', which is not in rlhf-prompts/2 \(columns: id, answer\)"
     with pytest.raises(InputError, match=message):
         require_columns("chain_sum", ["id", "answer"], "rlhf-prompts/2")
     require_columns("chain_sum", iter(["answer", "id", "problem"]), "rlhf-prompts/2")

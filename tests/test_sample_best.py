@@ -217,7 +217,7 @@ def test_a_run_that_is_resumed_keeps_the_same(init_folder: Path, prompts: Path, 
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ([{"name": "chain_sum", "where": {"level": "1"}}], "by the column 'level', which the prompts does not have"),
+        ([{"name": "chain_sum", "where": {"level": "1"}}], "by the column 'level', which is not in the prompts"),
         ([{"name": "size", "where": {"answer": "no such"}}], "prompts row 1: no reward is for it"),
         ([{"name": "size", "weight": 0.0}], "prompts row 1: no reward is for it"),
         ([{"name": "reward_model"}], "'reward_model' reads a model, which is to be given as the input"),

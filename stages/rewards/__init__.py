@@ -109,7 +109,7 @@ def require_columns(name: str, columns: Iterable[str], dataset: str) -> None:
     missing = sorted(set(entry.columns) - set(columns))
     if missing:
         raise InputError(
-            f"reward {name!r} needs the column {missing[0]!r}, which {dataset} does not have (it has {', '.join(columns)})"
+            f"reward {name!r} needs the column {missing[0]!r}, which is not in {dataset} (columns: {', '.join(columns)})"
         )
 
 

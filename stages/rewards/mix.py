@@ -47,8 +47,8 @@ class Mixture:
             require_columns(part.name, columns, dataset)
             if missing := sorted(set(part.where) - set(columns)):
                 raise InputError(
-                    f"reward {part.key!r} is for rows by the column {missing[0]!r}, which {dataset} does not have "
-                    f"(it has {', '.join(columns)})"
+                    f"reward {part.key!r} is for rows by the column {missing[0]!r}, which is not in {dataset} "
+                    f"(columns: {', '.join(columns)})"
                 )
 
     def check_row(self, row: Row, where: str) -> None:
