@@ -73,7 +73,9 @@ def test_at_the_reference_there_is_no_penalty_and_no_push(estimator: Estimator) 
 
 def test_log_probs_of_bfloat16_are_subtracted_in_float32() -> None:
     for estimator in ("k1", "k2", "k3"):
-        assert kl(torch.tensor(-1.0, dtype=torch.bfloat16), torch.tensor(-2.0), estimator).dtype == torch.float32
+        found = kl(torch.tensor(-30.0, dtype=torch.bfloat16), torch.tensor(-30.125, dtype=torch.bfloat16), estimator)
+        assert found.dtype == torch.float32
+        assert found.item() == kl(torch.tensor(-30.0), torch.tensor(-30.125), estimator).item()
 
 
 def test_k1_is_refused_as_a_loss_and_others_altogether() -> None:

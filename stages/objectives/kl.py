@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from stages.objectives.aggregate import Aggregate, aggregate_tokens
+from stages.objectives.aggregate import Aggregate, aggregate_tokens, inside
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -53,11 +53,11 @@ def kl_loss(
     """
     if estimator == "k1":
         raise ValueError("k1 cannot be a loss: its gradient is 0 in expectation; use k2 or k3, or put k1 into the reward")
-    # Masked before the exponentials: a NaN outside the mask would come back through their gradients.
-    logp_BT, ref_logp_BT = (torch.where(mask_BT.bool(), x_BT, 0.0) for x_BT in (logp_BT, ref_logp_BT))
+    # Masked here already: a NaN outside the mask would come back through the gradients of the exponentials.
+    logp_BT = inside(logp_BT, mask_BT)
     penalty_BT = kl(logp_BT, ref_logp_BT, estimator)
     if old_logp_BT is not None:
-        weight_BT = (logp_BT.float() - torch.where(mask_BT.bool(), old_logp_BT.float(), 0.0)).exp()
+        weight_BT = (logp_BT - old_logp_BT.float()).exp()
         penalty_BT = penalty_BT * (weight_BT if estimator == "k3" else weight_BT.detach())
     return aggregate_tokens(penalty_BT, mask_BT, aggregation, total)
 
