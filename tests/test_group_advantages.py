@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.objectives.advantages import group_advantages, process_advantages, spread_B
+from stages.objectives.advantages import GroupScale, group_advantages, process_advantages, spread_B
 from stages.objectives.preference import ranked_group
 from stages.rollouts.groups import ordered_pairs, ranks
 
@@ -31,6 +31,20 @@ def test_a_group_by_hand() -> None:
     assert group_advantages(rewards, groups).tolist() == pytest.approx([of_std, -of_std, -of_std, of_std], abs=1e-5)
     assert group_advantages(rewards, groups, "none").tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
     assert group_advantages(rewards, groups, "rloo").tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ("none", [1.0, 0.0, 0.0, 0.5, 0.0, 0.0, -0.5, -1.0]),
+        ("rloo", [1.5, 0.0, 0.0, 1.0, 0.0, 0.0, -1.0, -1.5]),
+        ("std", [1.0, 0.0, 0.0, math.sqrt(0.5), 0.0, 0.0, -math.sqrt(0.5), -1.0]),
+    ],
+)
+def test_unequal_groups_one_of_one_and_one_without_spread(scale: GroupScale, expected: list[float]) -> None:
+    """Group 0 has 3, 2, 1, group 1 has 1, 0, group 2 has 5 alone, and group 3 has 2, 2."""
+    rewards, groups = [3.0, 2.0, 5.0, 1.0, 2.0, 2.0, 0.0, 1.0], [0, 0, 2, 1, 3, 3, 1, 0]
+    assert group_advantages(torch.tensor(rewards), torch.tensor(groups), scale).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @given(REWARDS)
@@ -115,10 +129,10 @@ def test_steps_that_cannot_be_are_refused(ends: list[list[int]]) -> None:
 
 
 def test_the_worked_pairs_of_a_ranked_group() -> None:
-    """`worked-examples.txt` 4: the six losses sum to 52.41 (DESIGN 8); three of them are 2.63, 10.59, 4.19."""
+    """`worked-examples.txt` 4: the six losses sum to 52.41 (DESIGN 8); it names 2.63, 10.59 and 4.19."""
     logp, ranks = torch.tensor([-32.1, -67.4, -58.9, -18.2]), torch.tensor([3, 1, 2, 4])
     assert ranked_group(logp, ranks, 0.3).item() == pytest.approx(52.41, abs=0.005)
-    for better, worse, loss in ((1, 2, 2.63), (1, 0, 10.59), (0, 3, 4.19)):
+    for better, worse, loss in ((1, 2, 2.63), (1, 0, 10.59), (1, 3, 14.76), (2, 0, 8.04), (2, 3, 12.21), (0, 3, 4.19)):
         pair = torch.tensor([better, worse])
         assert ranked_group(logp[pair], torch.tensor([1, 2]), 0.3).item() == pytest.approx(loss, abs=0.01)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from stages.objectives.aggregate import Aggregate, aggregate_tokens
+from stages.objectives.aggregate import Aggregate, aggregate_tokens, inside
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -14,8 +14,9 @@ Estimator = Literal["k1", "k2", "k3"]
 def kl(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: Estimator) -> torch.Tensor:
     """Elementwise estimate of KL(policy || reference) at tokens sampled from the policy, in nats.
 
-    k1: log(pi/ref), unbiased, any sign. k2: half its square, biased, low variance. k3: ref/pi - 1 - log(ref/pi), unbiased,
-    never negative.
+    k1: log(pi/ref), unbiased, any sign. k2: half its square, biased by the third order of the distance, never negative. k3:
+    ref/pi - 1 - log(ref/pi), unbiased, never negative; it varies less than k1 as long as no token has ref/pi >= 2, and more,
+    without bound, where the policy has given up a token that the reference has not.
     """
     difference = logp.float() - ref_logp.float()
     if estimator == "k1":
@@ -36,21 +37,27 @@ def kl_loss(
     aggregation: Aggregate = "token",
     total: float | None = None,
 ) -> torch.Tensor:
-    """A KL penalty whose gradient pulls the policy towards the reference.
+    """A KL penalty whose gradient pulls the policy towards the reference: a mean over tokens as in `objectives/aggregate.py`.
 
-    k1 is refused: as a loss its gradient is that of log pi, whose expectation is 0, so it penalises nothing.
+    k1 is refused (ValueError): as a loss its gradient is that of log pi, whose expectation is 0, so it penalises nothing.
 
-    With `old_logp_BT`, the tokens were sampled from that older policy and each is weighted by pi/old. For k3 the weight
-    carries gradient, which makes it the exact gradient of the KL's expectation; for k2 it does not, since k2's own gradient,
-    log(pi/ref) grad log pi, already has that expectation.
+    Without `old_logp_BT` the tokens are the policy's own. k2's gradient, log(pi/ref) grad log pi, has the expectation
+    grad KL(pi || ref). That of k3, (1 - ref/pi) grad log pi, has grad KL(ref || pi): this bias vanishes near the reference, but
+    far from it a step can even raise KL(pi || ref).
+
+    With `old_logp_BT`, the tokens were sampled from that older policy and each is weighted by pi/old. For k3 the weight carries
+    gradient, for k2 it does not: both then have (pi/old) log(pi/ref) grad log pi, whose expectation is grad KL(pi || ref).
+
+    All this is of each token after its prefix, as it was sampled: that the policy could avoid the prefix is no part of the
+    gradient. Only k1 in the reward (`shape_rewards`) with undiscounted returns has the KL of whole sequences.
     """
     if estimator == "k1":
         raise ValueError("k1 cannot be a loss: its gradient is 0 in expectation; use k2 or k3, or put k1 into the reward")
-    # Masked before the exponentials: a NaN outside the mask would come back through their gradients.
-    logp_BT, ref_logp_BT = (torch.where(mask_BT.bool(), x_BT, 0.0) for x_BT in (logp_BT, ref_logp_BT))
+    # Masked here already: a NaN outside the mask would come back through the gradients of the exponentials.
+    logp_BT = inside(logp_BT, mask_BT)
     penalty_BT = kl(logp_BT, ref_logp_BT, estimator)
     if old_logp_BT is not None:
-        weight_BT = (logp_BT.float() - torch.where(mask_BT.bool(), old_logp_BT.float(), 0.0)).exp()
+        weight_BT = (logp_BT - old_logp_BT.float()).exp()
         penalty_BT = penalty_BT * (weight_BT if estimator == "k3" else weight_BT.detach())
     return aggregate_tokens(penalty_BT, mask_BT, aggregation, total)
 

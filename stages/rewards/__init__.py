@@ -19,9 +19,9 @@ MATH, GYM = "stages.rewards.math", "stages.rewards.reasoning_gym"
 REWARDS: dict[str, RewardEntry] = {
     "answer": RewardEntry("stages.rewards.answer:answer", version=1, columns=ANSWER),
     "exact": RewardEntry("stages.rewards.match:exact", version=1, columns=ANSWER),
-    "normalised": RewardEntry("stages.rewards.match:normalised", version=1, columns=ANSWER),
-    "choice": RewardEntry("stages.rewards.choice:choice", version=1, columns=ANSWER, check="stages.rewards.choice:check"),
-    "math": RewardEntry(f"{MATH}:math", 1, ANSWER, pooled=True, check=f"{MATH}:check", package="math-verify[antlr4-13-2]"),
+    "normalised": RewardEntry("stages.rewards.match:normalised", version=2, columns=ANSWER),
+    "choice": RewardEntry("stages.rewards.choice:choice", version=2, columns=ANSWER, check="stages.rewards.choice:check"),
+    "math": RewardEntry(f"{MATH}:math", 2, ANSWER, pooled=True, check=f"{MATH}:check", package="math-verify[antlr4-13-2]"),
     "reasoning_gym": RewardEntry(
         f"{GYM}:reasoning_gym", 1, ("task", "metadata"), pooled=True, check=f"{GYM}:check", package="reasoning-gym"
     ),

@@ -1,8 +1,8 @@
 r"""A verifier of multiple choice: is the letter that was chosen the row's `answer`?
 
 The choice is read in `<answer>` tags after the thinking; without tags in the last `\boxed{}`; without that in phrases such as
-"the answer is B", or in all that is shown. Read as B: `B`, `b`, `(B)`, `B.`, `**B**`, `B) Paris`, `Answer: B`, `Option b`. Two
-different letters ("B or C") are wrong.
+"the answer is B", or in all that is shown. Read as B: `B`, `b`, `(B)`, `B.`, `**B**`, `B) Paris`, `B - Paris`, `Answer: B`,
+`Option b`. Two different letters ("B or C") are wrong.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from stages.errors import InputError
 from stages.rewards.base import Row, Score
 from stages.rewards.text import last_box, shown, stated
 
-MARKUP = re.compile(r"\\(?:text|mathrm|mathbf|boxed)\b|[*_`${}]")
+MARKUP = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:bf|it|rm|sf)|boxed)\b|[*_`${}]")
 LETTER = r"\(?([a-z])(?![\w'\u2019])"
 SAID = re.compile(
     rf"\b(?:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*(?:(?:option|choice)\s+)?(?!(?-i:a)\s+\w){LETTER}", re.IGNORECASE
 )
-LABEL = re.compile(rf"\W*{LETTER}(?:[).:\]]|\W*$|\s*(?:,|&|/|\bor\b|\band\b))", re.IGNORECASE)
+LABEL = re.compile(rf"\W*{LETTER}(?:[).:\]]|\W*$|\s+[-\u2013\u2014]\s|\s*(?:,|&|/|\bor\b|\band\b))", re.IGNORECASE)
 FURTHER = re.compile(rf"(?:\bor\b|\band\b|[,;/&(\n])\s*{LETTER}(?=\W*$|[).:\]]|\s*(?:,|&|/|\bor\b|\band\b))", re.IGNORECASE)
 
 

@@ -14,6 +14,8 @@ from stages.rewards.base import Row, Score
 from stages.rewards.text import shown, stated
 
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# Punctuation that is part of a number: 3.14, 1/2, 10:30, 2,5 (a comma before three digits parts thousands), -5, .5, 50%.
+NUMERIC = re.compile(r"(?<=\d)(?!\s|,\d{3}(?!\d))\W(?=\d)|(?<!\w)(?:-(?=\.?\d)|\.(?=\d))|(?<=\d)%")
 
 
 def exact(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:
@@ -28,10 +30,14 @@ def normalised(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | 
 
 def normal(text: str) -> str:
     """SQuAD's normal form, for any script: NFKC, case folded, no punctuation or invisible characters, no English articles, one
-    space between words. Signs such as + and % stay; text that is nothing but what is left out stays as it is."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold())
-    kept = "".join(one for one in folded if unicodedata.category(one)[0] != "P" and unicodedata.category(one) != "Cf")
-    return " ".join(ARTICLES.sub(" ", kept).split()) or " ".join(folded.split())
+    space between words. Unlike SQuAD's, it leaves numbers whole: their sign, point, slash and % stay, and only the commas that
+    part thousands go. Other signs, such as +, stay; so does text that is nothing but what is left out."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    plain = "".join("-" if unicodedata.category(one) == "Pd" or one == "\u2212" else one for one in folded)
+    plain = "".join(one for one in plain if unicodedata.category(one) != "Cf")
+    numeric = {found.start() for found in NUMERIC.finditer(plain)}
+    kept = (one for place, one in enumerate(plain) if place in numeric or unicodedata.category(one)[0] != "P")
+    return " ".join(ARTICLES.sub(" ", "".join(kept)).split()) or " ".join(folded.split())
 
 
 def _rate(completion: str, row: Row, form: Callable[[str], str]) -> Score:

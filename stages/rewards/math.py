@@ -2,7 +2,7 @@ r"""A verifier of mathematics: is the final answer equal to the row's `answer`? 
 
 The final answer is what stands in `<answer>` tags after the thinking; without tags, in the last `\boxed{}`; without that, the
 last expression that math-verify finds in the end of the text. In tags and boxes all of it is the answer, units aside: an
-answer that hedges ("4 or 5") or explains itself is not the number in it. Two different answers in tags are wrong.
+answer that hedges ("4 or 5", "4 5") or explains itself is not the number in it. Two different answers in tags are wrong.
 
 Equal is what math-verify calls equal: decimals to 6 places (1/3 and 0.333333), `x=3` and `3`, `50%` and `0.5` and `50`, sets
 in any order, an open interval and a pair. A comma between digits parts thousands ("1,000") or members ("2,5").
@@ -48,6 +48,8 @@ POWERS = re.compile(r"(?<=\d)\}\^\{(?=\d)")
 ROOT = re.compile(r"√\s*(\w+)")
 SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])")
 THOUSANDS = re.compile(r"(?<=\d)(?:[ \u00a0\u2009\u202f]|\\,|\{,\})(?=\d{3}(?!\d))")
+MIXED = re.compile(r"(?<![\w.}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])")
+BESIDE = re.compile(r"\d(?:[\s~$]|\\[ ,;:!]|\\q?quad(?![a-z]))+\d")
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
@@ -91,7 +93,11 @@ def _whole(answer: str) -> list[Any]:
     for opening, closing in DELIMITERS:
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
             text = text[len(opening) : -len(closing)]
-    return _read(f"\\boxed{{{text.strip()}}}", WHOLE) if text.strip() and _depth(text) <= DEEPEST else []
+    text = MIXED.sub(r"\1\\frac{\2}{\3}", text.strip())
+    # math-verify adds up numbers that stand side by side: "4 5" would be 9.
+    if not text or _depth(text) > DEEPEST or BESIDE.search(text):
+        return []
+    return _read(f"\\boxed{{{text}}}", WHOLE)
 
 
 def _depth(text: str) -> int:
