@@ -49,7 +49,7 @@ from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
 from stages.rollouts.report import record_types, rollout_metrics, rollout_records
-from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
+from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps, verify_as_ended
 from stages.rollouts.sample import Row, of_one_sample
 from stages.run import Run
 from stages.specs.grpo import GrpoConfig
@@ -159,10 +159,20 @@ def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> tuple
     for _ in range(1 + config.refill.rounds):
         batch = [rows[place] for place in order.take(at.drawn, wanted)]
         at.drawn += wanted
-        more = collect(
-            loop.accelerator, loop.policy, batch, config.sampling, config.seed, at.step, config.runtime, config.group, seen
-        )
-        verdicts += give_rewards(loop.accelerator, loop.mixture, more)
+        with loop.mixture.begin() as begun:
+            more = collect(
+                loop.accelerator,
+                loop.policy,
+                batch,
+                config.sampling,
+                config.seed,
+                at.step,
+                config.runtime,
+                samples=config.group,
+                seen=seen,
+                ended=verify_as_ended(begun),
+            )
+            verdicts += give_rewards(loop.accelerator, begun, more)
         if config.truncation.how == "penalise":
             punish_length(more, config.truncation, config.sampling.max_new_tokens)
         rollouts = more if rollouts is None else rollouts.joined(more)
