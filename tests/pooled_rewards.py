@@ -48,9 +48,7 @@ def _odd(text: str, row: Row, extra: float) -> Score | None:
     return Score(len(text) + row["n"] + extra, {"n": row["n"]}, [1.0], [0], "kept")
 
 
-def heard(
-    completions: Sequence[str], rows: Sequence[Row], folder: str, hangs: int = 0, gaps: int = 0
-) -> list[Score | None]:
+def heard(completions: Sequence[str], rows: Sequence[Row], folder: str, hangs: int = 0, gaps: int = 0) -> list[Score | None]:
     """A number from 0 to 1 that the text's letters say; leaves a file of that name in `folder`. About one in `hangs` is never
     done, and about one in `gaps` has no verdict, which a note says."""
     return [_heard(text, Path(folder), hangs, gaps) for text in completions]
