@@ -1,7 +1,8 @@
 """GRPO: reinforcement learning from rewards compared within a group (rl4llm section 6; DeepSeekMath, arXiv 2402.03300).
 
     for each step:                                                                (the outer iteration is the flow's business)
-        sample G completions of each of P prompts from the policy; score each with the mixed reward
+        sample G completions of each of P prompts from the policy; score each with the mixed reward, whose verifiers begin
+            as soon as a completion has ended
         groups whose rewards do not differ: other prompts in their place, if so configured      (DAPO's dynamic sampling)
         A_i = (r_i - mean of its group) / deviation of its group, at every token of completion i               (6.3)
               or, under process supervision, at each token the sum of its and later steps' normalised scores
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -156,22 +158,12 @@ def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> tuple
     config, seen, wanted = loop.config, Counter[str](), loop.config.prompts
     rollouts: Rollouts | None = None
     verdicts: list[Mixed] = []
+    draw = partial(collect, loop.accelerator, loop.policy, samples=config.group, seen=seen)
     for _ in range(1 + config.refill.rounds):
         batch = [rows[place] for place in order.take(at.drawn, wanted)]
         at.drawn += wanted
         with loop.mixture.begin() as begun:
-            more = collect(
-                loop.accelerator,
-                loop.policy,
-                batch,
-                config.sampling,
-                config.seed,
-                at.step,
-                config.runtime,
-                samples=config.group,
-                seen=seen,
-                ended=verify_as_ended(begun),
-            )
+            more = draw(batch, config.sampling, config.seed, at.step, config.runtime, ended=verify_as_ended(begun))
             verdicts += give_rewards(loop.accelerator, begun, more)
         if config.truncation.how == "penalise":
             punish_length(more, config.truncation, config.sampling.max_new_tokens)
