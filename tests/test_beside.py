@@ -38,6 +38,7 @@ WARM: list[Score | None] = [Score(4.0, {"n": 1}, [1.0], [0], "kept")]
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("odd", "heard"):
         monkeypatch.setitem(REWARDS, name, RewardEntry(f"pooled_rewards:{name}", version=1, pooled=True))
+    monkeypatch.setitem(REWARDS, "here", RewardEntry("pooled_rewards:heard", version=1))
 
 
 @pytest.fixture
@@ -170,11 +171,12 @@ class Replay:
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_what_each_process_drew_it_verifies_and_all_end_with_all_of_it(processes: int, heard: Path) -> None:
     parts = [
-        WeightedReward.model_validate(one) for one in (part(heard, gaps=2), {"name": "length"}, part(heard) | {"label": "b"})
+        WeightedReward.model_validate(one)
+        for one in (part(heard, gaps=2), part(heard) | {"name": "here"}, part(heard) | {"label": "b"})
     ]
     mixture, asked = Mixture(parts), rollouts_of([(1, 2)] * 7)
     expected = mixture([sample.text for sample in asked.samples], [sample.row for sample in asked.samples])
-    assert {tuple(one.notes) for one in expected} == {("heard", "b")}
+    assert {tuple(one.notes) for one in expected} == {("here", "heard", "b")}
 
     def give(accelerator: Any) -> tuple[Any, list[Mixed]]:
         rollouts = rollouts_of([(1, 2)] * 7)
@@ -188,7 +190,7 @@ def test_what_each_process_drew_it_verifies_and_all_end_with_all_of_it(processes
     for each, verdicts in on_ranks(processes, give, rewarded):
         assert verdicts == expected
         # The notes of a row tell its parts in one order, whoever asked them.
-        assert [list(one.notes) for one in verdicts] == [["heard", "b"]] * 7
+        assert [list(one.notes) for one in verdicts] == [["here", "heard", "b"]] * 7
         totals = [float("nan") if one.total is None else one.total for one in expected]
         torch.testing.assert_close(each["reward"], torch.tensor(totals, dtype=torch.float64), equal_nan=True, rtol=0, atol=0)
 
