@@ -207,11 +207,14 @@ def test_results_are_in_order_of_places_whatever_came_first(heard: Path) -> None
     assert Mixture([]).begin().finish() == []
 
 
-def test_evaluation_tells_how_far_it_is_after_each_batch(folders: Folders, heard: Path, tmp_path: Path) -> None:
-    config = {"samples": 3, "sampling": SAMPLING, "runtime": RUNTIME | {"generation_batch": 7}, "bootstrap": 100}
+@pytest.mark.parametrize(("size", "expected"), [(7, [7, 14, 21, 27]), (9, [9, 18, 27])])
+def test_evaluation_tells_how_far_it_is_after_each_batch(
+    size: int, expected: list[int], folders: Folders, heard: Path, tmp_path: Path
+) -> None:
+    config = {"samples": 3, "sampling": SAMPLING, "runtime": RUNTIME | {"generation_batch": size}, "bootstrap": 100}
     config |= {"verifier": part(heard)}
     run = run_stage(request_for("evaluate", tmp_path / "run", config, policy=folders["policy"], prompts=folders["prompts"]))
-    assert [event["done"] for event in events(run, "progress")] == [7, 14, 21, 27]
+    assert [event["done"] for event in events(run, "progress")] == expected
     assert {event["total"] for event in events(run, "progress")} == {27}
 
 
