@@ -10,12 +10,14 @@
 
 Every mean is over prompts, with a 95% bootstrap interval (percentiles over resampled prompts) in `_low` and `_high`.
 A reward of None is left out and counted; the learned one is None for what does not fit in the reward model's context.
+Verifiers begin while the policy is still being sampled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from stages.errors import InputError
 from stages.models.load import DTYPES, LoadedPolicy, load_policy, require_same_tokens
 from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
-from stages.rewards import check_rows, require_columns, score
+from stages.rewards import Scoring, check_rows, require_columns, score
 from stages.rewards.base import verdict
 from stages.rewards.text import thinking
 from stages.rollouts.sample import Sample, sample_rows
@@ -69,15 +71,14 @@ def evaluate(
 
     model = _load(config, policy)
     learned = None if reward_model is None else _load_reward_model(config, reward_model, model)
-    samples, dropped = _sample(config, run, model, rows, "policy")
+    asked = {f"rewards.{ref.name}": ref for ref in config.rewards}
+    asked |= {"accuracy": config.verifier} if config.verifier else {}
+    samples, dropped, values = _sample(config, run, model, rows, "policy", asked)
     if not samples:
         raise InputError("every prompt fills the model's context: nothing was sampled")
     rivals = None
     if opponent is not None and (config.judge or learned):
         rivals = _rivals(config, run, opponent, rows, None if config.judge else learned)
-    values: dict[str, Values] = {f"rewards.{ref.name}": _totals(ref, samples) for ref in config.rewards}
-    if config.verifier:
-        values["accuracy"] = _totals(config.verifier, samples)
     if reference is not None:
         values["kl"] = _kl(config, samples, model, reference)
     values |= _judged(config, samples, rivals, learned)
@@ -182,22 +183,32 @@ def _rivals(
             "the opponent's tokenizer differs from the reward model's, which is to decide the win rate: "
             "set `judge` to a reward that reads text"
         )
-    return _sample(config, run, opponent, rows, "opponent")[0]
+    return _sample(config, run, opponent, rows, "opponent", {})[0]
 
 
 def _sample(
-    config: EvaluateConfig, run: Run, policy: LoadedPolicy, rows: list[dict[str, Any]], who: str
-) -> tuple[list[Sample], int]:
-    total = len(rows) * config.samples
-    return sample_rows(
-        policy,
-        rows,
-        config.sampling,
-        seed=config.seed,
-        samples=config.samples,
-        batch_size=config.runtime.generation_batch,
-        progress=lambda done: run.progress(done, total, f"sampling the {who}"),
-    )
+    config: EvaluateConfig, run: Run, policy: LoadedPolicy, rows: list[dict[str, Any]], who: str, asked: Mapping[str, RewardRef]
+) -> tuple[list[Sample], int, dict[str, Values]]:
+    """The samples, how many prompts were dropped, and what the rewards that are asked say of each sample."""
+    size, total, done = config.runtime.generation_batch, len(rows) * config.samples, 0
+    with ExitStack() as stack:
+        scorings = {name: stack.enter_context(Scoring(ref.name, ref.timeout, **ref.args)) for name, ref in asked.items()}
+
+        def ended(place: int, sample: Sample) -> None:
+            nonlocal done
+            for scoring in scorings.values():
+                scoring.add(place, sample.text, sample.row)
+            done += 1
+            if done % size == 0:
+                run.progress(done, total, f"sampling the {who}")
+
+        samples, dropped = sample_rows(
+            policy, rows, config.sampling, seed=config.seed, samples=config.samples, batch_size=size, ended=ended
+        )
+        if done % size:
+            run.progress(done, total, f"sampling the {who}")
+        values = {name: [verdict(one) for one in scoring.finish().values()] for name, scoring in scorings.items()}
+    return samples, dropped, values
 
 
 def _totals(ref: RewardRef, samples: Sequence[Sample]) -> Values:

@@ -1,7 +1,8 @@
 """GRPO: reinforcement learning from rewards compared within a group (rl4llm section 6; DeepSeekMath, arXiv 2402.03300).
 
     for each step:                                                                (the outer iteration is the flow's business)
-        sample G completions of each of P prompts from the policy; score each with the mixed reward
+        sample G completions of each of P prompts from the policy; score each with the mixed reward, whose verifiers begin
+            as soon as a completion has ended
         groups whose rewards do not differ: other prompts in their place, if so configured      (DAPO's dynamic sampling)
         A_i = (r_i - mean of its group) / deviation of its group, at every token of completion i               (6.3)
               or, under process supervision, at each token the sum of its and later steps' normalised scores
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -49,7 +51,7 @@ from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
 from stages.rollouts.report import record_types, rollout_metrics, rollout_records
-from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps
+from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps, verify_as_ended
 from stages.rollouts.sample import Row, of_one_sample
 from stages.run import Run
 from stages.specs.grpo import GrpoConfig
@@ -156,13 +158,13 @@ def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> tuple
     config, seen, wanted = loop.config, Counter[str](), loop.config.prompts
     rollouts: Rollouts | None = None
     verdicts: list[Mixed] = []
+    draw = partial(collect, loop.accelerator, loop.policy, samples=config.group, seen=seen)
     for _ in range(1 + config.refill.rounds):
         batch = [rows[place] for place in order.take(at.drawn, wanted)]
         at.drawn += wanted
-        more = collect(
-            loop.accelerator, loop.policy, batch, config.sampling, config.seed, at.step, config.runtime, config.group, seen
-        )
-        verdicts += give_rewards(loop.accelerator, loop.mixture, more)
+        with loop.mixture.begin() as begun:
+            more = draw(batch, config.sampling, config.seed, at.step, config.runtime, ended=verify_as_ended(begun))
+            verdicts += give_rewards(loop.accelerator, begun, more)
         if config.truncation.how == "penalise":
             punish_length(more, config.truncation, config.sampling.max_new_tokens)
         rollouts = more if rollouts is None else rollouts.joined(more)

@@ -2,7 +2,7 @@
 
     for each batch of prompts:
         each process takes its share of it and draws K completions a prompt
-        best of K: it rates them with the mixed reward and keeps each prompt's best
+        best of K: it rates them with the mixed reward (verifiers begin while others are drawn) and keeps each prompt's best
         the first process gathers them, in the prompts' order
     every save_every batches: save what was drawn
 
@@ -30,19 +30,17 @@ from stages.errors import InputError
 from stages.models.load import load_policy
 from stages.models.reward import RewardModel
 from stages.rewards.learned import load_judges, model_arguments
-from stages.rewards.mix import Mixture
+from stages.rewards.mix import Begun, Mixture
 from stages.rollouts.best import Placed, best_of
-from stages.rollouts.sample import of_one_sample, sample_rows
+from stages.rollouts.sample import Sample, of_one_sample, sample_rows
 from stages.rollouts.teacher import ask_teacher
 from stages.run import Run
 from stages.specs.sample import SampleConfig
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Row = dict[str, Any]
-# Of some rows: the samples, and why it dropped those that it dropped.
-Draw = Callable[[Sequence[Row]], tuple[list[Placed], list[str]]]
-# The samples that are kept, and how many could not be rated.
-Choose = Callable[[list[Placed]], tuple[list[Placed], int]]
+# Of some rows: the samples, which are given to the mixed reward as well, and why it dropped those that it dropped.
+Draw = Callable[[Sequence[Row], Begun], tuple[list[Placed], list[str]]]
 
 
 def sample(
@@ -63,7 +61,7 @@ def sample(
     total = min(count_rows(prompts), config.prompts or count_rows(prompts))
     given = {"reward_model": reward_model, "safety_model": safety_model}
     models = load_judges(config.best_of.rewards if config.best_of else [], given, accelerator.device)
-    choose = _chooser(config, models, run, prompts, total)
+    mixture = _mixture(config, models, run, prompts, total)
     draw = _drawer(config, policy, models, accelerator)
     parts = Parts(run, _types(config, prompts))
     size = max(1, config.runtime.generation_batch // config.samples) * accelerator.num_processes
@@ -72,8 +70,11 @@ def sample(
     rows = (_prompt(row) for row in islice(run.rows(prompts), counts["done"], total))
     while batch := list(islice(rows, size)):
         mine = range(accelerator.process_index, len(batch), accelerator.num_processes)
-        drawn, unfit = draw([batch[place] for place in mine])
-        kept, unrated = choose(drawn)
+        with mixture.begin() as begun:
+            kept, unfit = draw([batch[place] for place in mine], begun)
+            unrated = 0
+            if config.best_of:
+                kept, unrated = best_of(kept, begun.finish(), mixture.keys, config.best_of.keep)
         found = gather_object([(mine[place], record) for place, record in kept])
         parts.add([record for _, record in sorted(found, key=lambda pair: pair[0])])
         dropped = gather_object(unfit)
@@ -105,9 +106,19 @@ def _drawer(config: SampleConfig, policy: Path | None, models: Mapping[str, Rewa
         set_threads(config.runtime, count_parameters(model.model))
         model.model.to(accelerator.device).eval()  # pyright: ignore[reportArgumentType]
 
-        def from_policy(rows: Sequence[Row]) -> tuple[list[Placed], list[str]]:
-            size = config.runtime.generation_batch
-            drawn, unfit = sample_rows(model, rows, config.sampling, seed=config.seed, samples=config.samples, batch_size=size)
+        def from_policy(rows: Sequence[Row], begun: Begun) -> tuple[list[Placed], list[str]]:
+            def ended(place: int, sample: Sample) -> None:
+                begun.add(place, sample.text, sample.record(0, "policy"))
+
+            drawn, unfit = sample_rows(
+                model,
+                rows,
+                config.sampling,
+                seed=config.seed,
+                samples=config.samples,
+                batch_size=config.runtime.generation_batch,
+                ended=ended,
+            )
             place = {id(row): number for number, row in enumerate(rows)}
             return [(place[id(one.row)], one.record(0, "policy")) for one in drawn], ["fills the model's context"] * unfit
 
@@ -115,24 +126,25 @@ def _drawer(config: SampleConfig, policy: Path | None, models: Mapping[str, Rewa
     if endpoint is not None and policy is None:
         set_threads(config.runtime, sum(count_parameters(one.model) for one in models.values()))
 
-        def from_teacher(rows: Sequence[Row]) -> tuple[list[Placed], list[str]]:
+        def from_teacher(rows: Sequence[Row], begun: Begun) -> tuple[list[Placed], list[str]]:
             drawn, refused = ask_teacher(endpoint, rows, config.sampling, config.seed, config.samples, config.keep_reasoning)
+            for place, (_, record) in enumerate(drawn):
+                begun.add(place, record["completion"], record)
             return drawn, [f"was refused by the endpoint ({reason})" for reason in refused]
 
         return from_teacher
     raise InputError("sample needs either a policy as its input or `endpoint` in its config, and not both")
 
 
-def _chooser(config: SampleConfig, models: Mapping[str, RewardModel], run: Run, prompts: Path, total: int) -> Choose:
-    """Which samples are kept: all, or the best of each prompt. Refuses prompts that cannot be rated."""
-    best = config.best_of
-    if best is None:
-        return lambda drawn: (drawn, 0)
-    mixture = Mixture(best.rewards, model_arguments(models, config.runtime.micro_batch_tokens))
+def _mixture(config: SampleConfig, models: Mapping[str, RewardModel], run: Run, prompts: Path, total: int) -> Mixture:
+    """The reward that says which samples are the best, when only these are kept. Refuses prompts that it cannot rate."""
+    if config.best_of is None:
+        return Mixture([])
+    mixture = Mixture(config.best_of.rewards, model_arguments(models, config.runtime.micro_batch_tokens))
     mixture.check(read_schema(prompts).names, "the prompts")
     for number, row in enumerate(islice(run.rows(prompts), total), start=1):
         mixture.check_row(row, f"prompts row {number}")
-    return lambda drawn: best_of(drawn, mixture, best.keep)
+    return mixture
 
 
 def _types(config: SampleConfig, prompts: Path) -> dict[str, pa.DataType]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from stages.errors import InputError
 from stages.rewards import pool
@@ -45,6 +46,26 @@ def _odd(text: str, row: Row, extra: float) -> Score | None:
     if text.startswith("slow"):
         time.sleep(random.random() / 20)
     return Score(len(text) + row["n"] + extra, {"n": row["n"]}, [1.0], [0], "kept")
+
+
+def heard(completions: Sequence[str], rows: Sequence[Row], folder: str, hangs: int = 0, gaps: int = 0) -> list[Score | None]:
+    """A number from 0 to 1 that the text's letters say; leaves a file of that name in `folder`. About one in `hangs` is never
+    done, and about one in `gaps` has no verdict, which a note says."""
+    return [_heard(text, Path(folder), hangs, gaps) for text in completions]
+
+
+def _heard(text: str, folder: Path, hangs: int, gaps: int) -> Score:
+    number = number_of(text)
+    (folder / f"{number}").touch()
+    if hangs and number % hangs == 0:
+        time.sleep(600)
+    if gaps and number % gaps == 0:
+        return Score(None, note="no verdict today")
+    return Score(number % 7 / 6, step_scores=[number % 3, 1.0], step_ends=[0, max(0, len(text) - 1)], note="heard")
+
+
+def number_of(text: str) -> int:
+    return sum(place * ord(letter) for place, letter in enumerate(text, start=3))
 
 
 def two_for_one(completions: Sequence[str], rows: Sequence[Row]) -> list[Score | None]:

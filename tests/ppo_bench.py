@@ -113,9 +113,9 @@ class StageBench:
         """Call something before and after a function of the stage, the latter with what it found."""
         original = getattr(self.stage, name)
 
-        def spied(*given: Any) -> Any:
+        def spied(*given: Any, **named: Any) -> Any:
             before(*given)
-            after(found := original(*given), *given)
+            after(found := original(*given, **named), *given)
             return found
 
         self.patch.setattr(self.stage, name, spied)

@@ -146,6 +146,24 @@ def test_processes_share_the_sampling_and_all_end_with_all_of_it(
     assert sorted(shares) == sorted(len(rows[rank::processes]) for rank in range(processes))
 
 
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_each_sample_is_told_of_once_with_its_place_by_the_process_that_draws_it(
+    policy: LoadedPolicy, chain_rows: Rows, processes: int
+) -> None:
+    rows, told = [chain_rows[place] for place in (3, 1, 3, 0)], []
+
+    def one(accelerator: Any) -> Rollouts:
+        def ended(place: int, sample: Sample) -> None:
+            told.append((place, accelerator.process_index, sample))
+
+        return collect(accelerator, policy, rows, SAMPLING, 4, 2, CPU, samples=3, ended=ended)
+
+    found = on_ranks(processes, one)[0]
+    told.sort(key=lambda one: one[:2])
+    assert [(place, rank) for place, rank, _ in told] == [(place, place // 3 % processes) for place in range(12)]
+    assert_same([sample for _, _, sample in told], found.samples)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_groups_are_sampled_side_by_side_and_never_twice(policy: LoadedPolicy, chain_rows: Rows, processes: int) -> None:
     rows = [chain_rows[place] for place in (3, 1, 3, 0)]

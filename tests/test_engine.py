@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_logprobs import FAMILIES, PAD, VOCABULARY, tiny_model
 from transformers import DynamicCache, PreTrainedModel
@@ -18,6 +18,7 @@ from stages.data.batching import pad
 from stages.errors import InputError
 from stages.models.load import LoadedPolicy
 from stages.models.logprobs import TokenLogProbs
+from stages.rollouts import engine
 from stages.rollouts.engine import Completion, draw, generate, truncate
 from stages.rollouts.seeds import sample_seed
 from stages.specs.common import Sampling
@@ -169,10 +170,35 @@ def test_finished_sequences_leave_the_batch(policy: LoadedPolicy, monkeypatch: p
     assert kept[0] <= 30
 
 
-def test_progress_counts_completions(policy: LoadedPolicy) -> None:
-    heard: list[int] = []
-    generate(policy, random_prompts(7), seeds_for(7), Sampling(max_new_tokens=2), 3, heard.append)
-    assert heard == [3, 6, 7]
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_each_completion_is_told_of_as_soon_as_it_has_ended(
+    policy: LoadedPolicy, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, Completion, int]] = []
+    drawn: list[int] = []
+    monkeypatch.setattr(engine, "draw", lambda *given: drawn.append(len(given[0])) or draw(*given))
+    prompts, seeds, sampling = random_prompts(40), seeds_for(40), Sampling(max_new_tokens=20)
+    found = generate(policy, prompts, seeds, sampling, size, lambda place, one: told.append((place, one, len(drawn))))
+    assert sorted(place for place, _, _ in told) == list(range(40))
+    assert all(found[place] is one for place, one, _ in told)
+    # Batches are of the shortest prompts first; in each, what has `n` tokens is told of between the `n`th draw and the next.
+    order = sorted(range(40), key=lambda place: len(prompts[place]))
+    before = 0
+    for start in range(0, 40, size):
+        batch = [found[place] for place in order[start : start + size]]
+        times = [when - before for place, _, when in told if place in order[start : start + size]]
+        assert times == sorted(len(one.ids) for one in batch)
+        before += max(len(one.ids) for one in batch)
+    assert len(drawn) == before
+
+
+def test_what_is_told_is_done_outside_of_the_engine_s_gradients_off(policy: LoadedPolicy) -> None:
+    modes: list[bool] = []
+    generate(
+        policy, random_prompts(5), seeds_for(5), Sampling(max_new_tokens=9), 3, lambda *_: modes.append(torch.is_grad_enabled())
+    )
+    assert modes == [True] * 5
+    assert torch.is_grad_enabled()
 
 
 # The draw itself.
@@ -200,6 +226,7 @@ logits = st.lists(st.one_of(st.floats(-30, 30, width=32), st.just(-math.inf)), m
 )
 
 
+@settings(deadline=None)
 @given(values=logits, uniform=st.one_of(st.just(0.0), st.just(LARGEST), st.floats(0, LARGEST)))
 def test_a_token_without_probability_is_never_drawn(values: list[float], uniform: float) -> None:
     tokens_B, logps_B = draw(torch.tensor([values]), torch.tensor([uniform], dtype=torch.float64), Sampling())
@@ -207,6 +234,7 @@ def test_a_token_without_probability_is_never_drawn(values: list[float], uniform
     assert float(logps_B) > -math.inf
 
 
+@settings(deadline=None)
 @given(values=logits)
 def test_temperature_zero_takes_the_likeliest(values: list[float]) -> None:
     tokens_B, logps_B = draw(torch.tensor([values]), torch.tensor([0.99], dtype=torch.float64), Sampling(temperature=0))
@@ -225,6 +253,7 @@ def kept_tokens(weights: list[int], top_k: int, top_p: float) -> set[int]:
     return set(kept)
 
 
+@settings(deadline=None)
 @given(
     weights=st.lists(st.integers(1, 1000), min_size=1, max_size=8, unique=True),
     top_k=st.integers(0, 9),

@@ -73,13 +73,20 @@ def test_a_timeout_leaves_the_completion_without_a_reward_and_says_so() -> None:
 
 
 def test_pooled_parts_begin_before_the_others_work_and_are_waited_for_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    def submit(target: str, calls: Sequence[Any], timeout: float) -> Any:
-        ORDER.append(f"submitted with {timeout}")
-        return lambda: ORDER.append("gathered") or [[Score(1.0)] for _ in calls]
+    class Call:
+        def __init__(self, _target: str, timeout: float, *_: Any) -> None:
+            ORDER.append(f"submitted with {timeout}")
 
-    monkeypatch.setattr("stages.rewards.pool.submit", submit)
+        def result(self) -> list[Score]:
+            ORDER.append("gathered")
+            return [Score(1.0)]
+
+        def cancel(self) -> None:
+            ORDER.append("let go")
+
+    monkeypatch.setattr("stages.rewards.pool.Call", Call)
     found = Mixture([part("noted"), part("math", timeout=7.0)])(["a"], [{"answer": "4"}])
-    assert ORDER == ["submitted with 7.0", "here", "gathered"]
+    assert ORDER == ["submitted with 7.0", "here", "gathered", "let go"]
     assert found == [Mixed(3.0, {"noted": 2.0, "math": 1.0}, [(0, 1.0), (0, 2.0)], {"noted": "fine"})]
 
 
@@ -132,7 +139,7 @@ def test_a_resumed_run_and_joined_completions_keep_their_notes(rated: Rollouts, 
 def test_rewards_give_their_notes_to_the_completions() -> None:
     rollouts = rollouts_of([(1, 1), (1, 2)])
     rollouts.samples[0].row["answer"] = rollouts.samples[1].row["answer"] = "B"
-    give_rewards(Accelerator(cpu=True), Mixture([part("noted"), part("choice")]), rollouts)
+    give_rewards(Accelerator(cpu=True), Mixture([part("noted"), part("choice")]).begin(), rollouts)
     assert rollouts.notes == [{"noted": "fine", "choice": "answer not parsed"}] * 2
     assert rollouts.each["reward"].tolist() == [2.0, 2.0]
 

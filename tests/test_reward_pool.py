@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from stages.errors import InputError
-from stages.rewards import REWARDS, pool, require_columns, score, start
+from stages.rewards import REWARDS, Scoring, pool, require_columns, score
 from stages.rewards.base import RewardEntry, Row, Score
 
 
@@ -91,10 +91,33 @@ def test_workers_stay_from_step_to_step_and_are_light() -> None:
 
 
 def test_work_goes_on_beside_this_process() -> None:
-    finish = start("odd", ["slow", "a"], rows_of(2))
-    other = start("odd", ["b"], rows_of(1))
-    assert [one and one.total for one in other()] == [1]
-    assert [one and one.total for one in finish()] == [4, 2]
+    with Scoring("odd") as scoring:
+        scoring.add(4, "slow", {"n": 0})
+        scoring.add(2, "a", {"n": 1})
+        assert [one and one.total for one in score("odd", ["b"], rows_of(1))] == [1]
+        scoring.add(7, "", {"n": 5})
+        scoring.add(0, "", {"n": 0})
+        found = scoring.finish()
+    assert [(place, one and one.total) for place, one in found.items()] == [(0, 0), (2, 2), (4, 4), (7, 5)]
+
+
+def test_what_nobody_waits_for_any_more_is_out_of_the_way() -> None:
+    """Whether it works already or waits, also after an error elsewhere."""
+    assert totals("a") == [(1, "kept")]
+
+    def fail() -> None:
+        with Scoring("odd", 600.0) as scoring:
+            for place in range(3 * pool.workers()):
+                scoring.add(place, "hang", {"n": 0})
+            time.sleep(0.3)
+            raise ArithmeticError("elsewhere")
+
+    with pytest.raises(ArithmeticError, match="elsewhere"):
+        fail()
+    assert totals("ab", "hang in C", timeout=5.0) == [(2, "kept"), (None, "timeout")]
+    with pytest.raises(InputError, match="in the reward's own words"):
+        score("odd", ["input error", *["hang"] * 2 * pool.workers()], rows_of(1 + 2 * pool.workers()), 2.0)
+    assert totals("abc") == [(3, "kept")]
 
 
 def test_an_idle_worker_that_is_killed_is_replaced() -> None:
@@ -137,12 +160,14 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 PARENT = """
 import sys, time
-from stages.rewards import REWARDS, RewardEntry, score, start
+from stages.rewards import REWARDS, RewardEntry, Scoring, score
 
 def main():
     REWARDS["odd"] = RewardEntry("pooled_rewards:odd", version=1, pooled=True)
     (one,) = score("odd", ["who"], [{}])
-    started = start("odd", [sys.argv[1]] * 3, [{"n": 0}] * 3, 3600)
+    scoring = Scoring("odd", 3600)
+    for place in range(3):
+        scoring.add(place, sys.argv[1], {"n": 0})
     time.sleep(0.5)
     print(int(one.total), flush=True)
     if sys.argv[2] == "wait":

@@ -68,7 +68,7 @@ def test_every_process_ends_with_all_rewards_in_order(processes: int) -> None:
 
     def give(accelerator: Any) -> tuple[Rollouts, list[Mixed]]:
         rollouts = seven()
-        return rollouts, give_rewards(accelerator, mixture_of(), rollouts)
+        return rollouts, give_rewards(accelerator, mixture_of().begin(), rollouts)
 
     for rollouts, verdicts in on_ranks(processes, give, rewarded):
         assert list(rollouts.each) == ["reward", "rewards.told", "rewards.brief"]
@@ -96,10 +96,10 @@ def test_every_process_ends_with_all_rewards_in_order(processes: int) -> None:
 
 def test_samples_keep_their_rows_as_they_were() -> None:
     rollouts = seven()
-    give_rewards(accelerator_for(CPU, "bfloat16"), mixture_of(), rollouts)
+    give_rewards(accelerator_for(CPU, "bfloat16"), mixture_of().begin(), rollouts)
     assert all(set(sample.row) == {"id", "kind"} for sample in rollouts.samples)
     # Learned rewards multiply in the stage's precision.
-    give_rewards(accelerator_for(CPU, "float32"), mixture_of(), rollouts)
+    give_rewards(accelerator_for(CPU, "float32"), mixture_of().begin(), rollouts)
     assert [autocast for _, _, autocast in ASKED] == [True, False]
 
 

@@ -84,7 +84,9 @@ def test_the_best_by_hand(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.size", lambda texts, _: [None if t == "-" else Score(float(len(t))) for t in texts])
     mixture = Mixture([WeightedReward(name="size", weight=0.5)])
-    kept, left_out = best_of(records(*groups), mixture, keep)
+    given = records(*groups)
+    mixed = mixture([record["completion"] for _, record in given], [record for _, record in given])
+    kept, left_out = best_of(given, mixed, mixture.keys, keep)
     assert [record["completion"] for _, record in kept] == expected
     assert [record["reward"] for _, record in kept] == [len(text) / 2 for text in expected]
     assert [record["rewards.size"] for _, record in kept] == [len(text) for text in expected]

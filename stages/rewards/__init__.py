@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 from stages.errors import InputError
 from stages.rewards import pool
@@ -44,20 +44,45 @@ def score(
     name: str, completions: Sequence[str], rows: Sequence[Row], timeout: float = SECONDS, /, **args: Any
 ) -> list[Score | None]:
     """Call a reward. Raises InputError naming the row (by id) on which the reward function raised."""
-    return start(name, completions, rows, timeout, **args)()
+    with Scoring(name, timeout, **args) as scoring:
+        for place, (text, row) in enumerate(zip(completions, rows, strict=True)):
+            scoring.add(place, text, row)
+        return [*scoring.finish().values()]
 
 
-def start(
-    name: str, completions: Sequence[str], rows: Sequence[Row], timeout: float = SECONDS, /, **args: Any
-) -> Callable[[], list[Score | None]]:
-    """Begin to score; calling what is returned gives the scores, or raises, as `score`. A pooled reward works meanwhile, with
-    `timeout` seconds a completion: what it has no verdict of says why in its note. Any other works when it is called."""
-    entry = REWARDS[name]
-    if not entry.pooled:
-        return lambda: _score_here(name, completions, rows, args)
-    calls = [(([text], [row]), args) for text, row in zip(completions, rows, strict=True)]
-    finish = pool.submit(entry.target, calls, timeout)
-    return lambda: [_pooled(name, row, outcome) for row, outcome in zip(rows, finish(), strict=True)]
+class Scoring:
+    """A reward that is given completions one by one, in any order. A pooled one works meanwhile, with `timeout` seconds a
+    completion: what it has no verdict of says why in its note. Any other works in the end, on all of them. On leaving it as a
+    context, what still works or waits is cancelled."""
+
+    def __init__(self, name: str, timeout: float = SECONDS, /, **args: Any) -> None:
+        self._name, self._timeout, self._args = name, timeout, args
+        self._given: dict[int, tuple[str, Row]] = {}
+        self._calls: dict[int, pool.Call] = {}
+
+    def add(self, place: int, text: str, row: Row) -> None:
+        """Give it a completion, which has this place in the order of the scores."""
+        self._given[place] = (text, row)
+        if REWARDS[self._name].pooled:
+            self._calls[place] = pool.Call(REWARDS[self._name].target, self._timeout, ([text], [row]), self._args)
+
+    def finish(self) -> dict[int, Score | None]:
+        """The scores by place, in order. Raises as `score` does."""
+        places = sorted(self._given)
+        texts, rows = [self._given[place][0] for place in places], [self._given[place][1] for place in places]
+        if REWARDS[self._name].pooled:
+            outcomes = [self._calls[place].result() for place in places]
+            scores = [_pooled(self._name, row, outcome) for row, outcome in zip(rows, outcomes, strict=True)]
+        else:
+            scores = _score_here(self._name, texts, rows, self._args)
+        return dict(zip(places, scores, strict=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for call in self._calls.values():
+            call.cancel()
 
 
 def _pooled(name: str, row: Row, outcome: Any) -> Score | None:
@@ -118,6 +143,7 @@ def check_rows(name: str, rows: Sequence[Row], timeout: float = SECONDS) -> None
     target = REWARDS[name].check
     if target is None:
         return
-    for row, problem in zip(rows, pool.submit(target, [((row,), {}) for row in rows], timeout)(), strict=True):
+    calls = [pool.Call(target, timeout, (row,), {}) for row in rows]
+    for row, problem in zip(rows, [call.result() for call in calls], strict=True):
         if problem is not None:
             raise InputError(f"the row with id {row.get('id')!r}, for the reward {name!r}: {problem}")

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from stages.errors import InputError
-from stages.rewards import REWARDS, check_rows, require_columns, start
+from stages.rewards import REWARDS, Scoring, check_rows, require_columns, score
 from stages.rewards.base import Row, Score, verdict
 from stages.specs.common import WeightedReward
+
+# The scores of one completion, by the keys of the parts that are for its row.
+Scores = Mapping[str, Score | None]
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,31 @@ class Mixture:
 
     def __call__(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Mixed]:
         """One `Mixed` a completion, in order. Pooled parts work beside the others."""
-        verdicts: list[dict[str, Score | None]] = [{} for _ in completions]
-        begun = []
-        for part in self.parts:
-            if places := [place for place, row in enumerate(rows) if applies(part, row)]:
-                texts, theirs = [completions[i] for i in places], [rows[i] for i in places]
-                args = {**part.args, **self.given.get(part.name, {})}
-                begun.append((part, places, start(part.name, texts, theirs, part.timeout, **args)))
-        for part, places, finish in sorted(begun, key=lambda one: REWARDS[one[0].name].pooled):
-            for place, one in zip(places, finish(), strict=True):
-                verdicts[place][part.key] = one
-        return [self._mixed(text, given) for text, given in zip(completions, verdicts, strict=True)]
+        with self.begin() as begun:
+            for place, (text, row) in enumerate(zip(completions, rows, strict=True)):
+                begun.add(place, text, row)
+            return begun.finish()
 
-    def _mixed(self, text: str, verdicts: Mapping[str, Score | None]) -> Mixed:
+    def begin(self) -> Begun:
+        """Be asked about completions as they come."""
+        return Begun(self)
+
+    def arguments(self, part: WeightedReward) -> dict[str, Any]:
+        return {**part.args, **self.given.get(part.name, {})}
+
+    def unpooled(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Scores]:
+        """The scores of each completion by the parts that are not pooled."""
+        found: list[dict[str, Score | None]] = [{} for _ in completions]
+        for part in self.parts:
+            places = [place for place, row in enumerate(rows) if applies(part, row)]
+            if places and not REWARDS[part.name].pooled:
+                texts, theirs = [completions[i] for i in places], [rows[i] for i in places]
+                for place, one in zip(places, score(part.name, texts, theirs, **self.arguments(part)), strict=True):
+                    found[place][part.key] = one
+        return [*found]
+
+    def mixed(self, text: str, verdicts: Scores) -> Mixed:
+        """What becomes of a completion that all its parts have scored."""
         parts = {key: verdict(one) for key, one in verdicts.items()}
         notes = {key: one.note for key, one in verdicts.items() if one is not None and one.note}
         weighted = [
@@ -96,6 +111,46 @@ class Mixture:
             else:
                 steps += [(end, weight * score) for end, score in zip(one.step_ends, one.step_scores, strict=True)]
         return Mixed(sum(value for _, value, _ in known), parts, sorted(steps), notes)
+
+
+class Begun:
+    """A mixture that is given completions one by one, in any order. Its pooled parts begin at once; the others, which do better
+    with many, are asked in the end. On leaving it as a context, what still works or waits is cancelled."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self._given: dict[int, tuple[str, Row]] = {}
+        pooled = [part for part in mixture.parts if REWARDS[part.name].pooled]
+        self._scorings = [(part, Scoring(part.name, part.timeout, **mixture.arguments(part))) for part in pooled]
+
+    def add(self, place: int, text: str, row: Row) -> None:
+        """Give it a completion, which has this place in the order of the results."""
+        self._given[place] = (text, row)
+        for part, scoring in self._scorings:
+            if applies(part, row):
+                scoring.add(place, text, row)
+
+    def pooled(self) -> dict[int, Scores]:
+        """The scores of each completion by the pooled parts, once they are there, by its place."""
+        found: dict[int, dict[str, Score | None]] = {place: {} for place in sorted(self._given)}
+        for part, scoring in self._scorings:
+            for place, one in scoring.finish().items():
+                found[place][part.key] = one
+        return {**found}
+
+    def finish(self) -> list[Mixed]:
+        """One `Mixed` a completion, in order of places."""
+        given = [self._given[place] for place in sorted(self._given)]
+        here = self.mixture.unpooled([text for text, _ in given], [row for _, row in given])
+        pooled = self.pooled().values()
+        return [self.mixture.mixed(text, {**a, **b}) for (text, _), a, b in zip(given, here, pooled, strict=True)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, scoring in self._scorings:
+            scoring.__exit__(*error)
 
 
 def applies(part: WeightedReward, row: Row) -> bool:

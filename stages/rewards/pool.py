@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pebble import ProcessFuture, ProcessPool
 
-Call = tuple[Sequence[Any], Mapping[str, Any]]
 MEMORY = 4 * 2**30  # bytes of address space a worker; an answer such as 10**10**10 would take all there is
 
 _pools: dict[str, ProcessPool] = {}
@@ -35,11 +34,36 @@ class Lost:
     why: str
 
 
-def submit(target: str, calls: Sequence[Call], timeout: float) -> Callable[[], list[Any]]:
-    """Begin calls, as (args, kwargs), of the function at `module:name`, each limited to `timeout` seconds. What is returned
-    waits for their results, in order: what the function returned, the exception that it raised, or `Lost`."""
-    futures = [_schedule(target, call, timeout) for call in calls]
-    return lambda: [_result(target, call, timeout, future) for call, future in zip(calls, futures, strict=True)]
+class Call:
+    """A call of the function at `module:name`, which begins at once, or when a worker is free, and is then limited to `timeout`
+    seconds."""
+
+    def __init__(self, target: str, timeout: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._asked = target, timeout, args, kwargs
+        self._future = _schedule(*self._asked)
+
+    def result(self) -> Any:
+        """Wait for it: what the function returned, the exception that it raised, or `Lost`."""
+        from pebble import ProcessExpired
+
+        for _ in range(2):
+            try:
+                return self._future.result()
+            except CallTimeout:
+                return Lost("timeout")
+            except ProcessExpired:
+                return Lost("died")
+            except MemoryError:
+                return Lost("out of memory")
+            except BrokenProcessPool:  # a worker died between two calls, by no fault of this one
+                self._future = _schedule(*self._asked)
+            except Exception as error:
+                return error
+        return Lost("died")
+
+    def cancel(self) -> None:
+        """Take it out of the workers' way, whether it waits or works; one that has ended stays as it is."""
+        self._future.cancel()
 
 
 def workers() -> int:
@@ -48,7 +72,7 @@ def workers() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
 
 
-def _schedule(target: str, call: Call, timeout: float) -> ProcessFuture[Any]:
+def _schedule(target: str, timeout: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ProcessFuture[Any]:
     from pebble import ProcessPool
 
     module = target.split(":")[0]
@@ -56,26 +80,7 @@ def _schedule(target: str, call: Call, timeout: float) -> ProcessFuture[Any]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])
         _pools[module] = ProcessPool(workers(), initializer=_begin, initargs=(module,), context=context)  # pyright: ignore[reportArgumentType]
-    return _pools[module].schedule(_call, (target, *call), timeout=timeout)
-
-
-def _result(target: str, call: Call, timeout: float, future: ProcessFuture[Any]) -> Any:
-    from pebble import ProcessExpired
-
-    for _ in range(2):
-        try:
-            return future.result()
-        except CallTimeout:
-            return Lost("timeout")
-        except ProcessExpired:
-            return Lost("died")
-        except MemoryError:
-            return Lost("out of memory")
-        except BrokenProcessPool:  # a worker died between two calls, by no fault of this one
-            future = _schedule(target, call, timeout)
-        except Exception as error:
-            return error
-    return Lost("died")
+    return _pools[module].schedule(_call, (target, args, kwargs), timeout=timeout)
 
 
 def _begin(module: str) -> None:

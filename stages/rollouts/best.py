@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from stages.rewards.mix import Mixture
+from stages.rewards.mix import Mixed
 from stages.rollouts.sample import Placed
 
 
-def best_of(records: Sequence[Placed], mixture: Mixture, keep: int) -> tuple[list[Placed], int]:
-    """The `keep` best samples of each prompt, in order, with `reward` and `rewards.*`, and how many have no reward.
-
-    Those are never kept; of equal ones the earlier is.
+def best_of(records: Sequence[Placed], mixed: Sequence[Mixed], keys: Sequence[str], keep: int) -> tuple[list[Placed], int]:
+    """The `keep` best samples of each prompt, in order, with `reward` and, by `keys`, `rewards.*`, and how many have no
+    reward. Those are never kept; of equal ones the earlier is.
     """
-    mixed = mixture([record["completion"] for _, record in records], [record for _, record in records])
     rated: list[Placed] = [
-        (place, {**record, "reward": one.total, **{f"rewards.{key}": one.parts.get(key) for key in mixture.keys}})
+        (place, {**record, "reward": one.total, **{f"rewards.{key}": one.parts.get(key) for key in keys}})
         for (place, record), one in zip(records, mixed, strict=True)
         if one.total is not None
     ]

@@ -18,7 +18,7 @@ from stages.errors import InputError
 from stages.models.load import LoadedModel, LoadedPolicy
 from stages.models.reward import RewardModel, SequenceScores, raw_scores
 from stages.rollouts.batch import Rollouts
-from stages.rollouts.sample import Row, sample_rows
+from stages.rollouts.sample import Ended, Row, sample_rows
 from stages.run import Run
 from stages.specs.base import Runtime
 from stages.specs.common import Sampling
@@ -52,17 +52,20 @@ def collect(
     seed: int,
     step: int,
     runtime: Runtime,
+    *,
     samples: int = 1,
     seen: Counter[str] | None = None,
+    ended: Ended = lambda *_: None,
 ) -> Rollouts:
     """`samples` completions of each row, in order. A row that comes twice is sampled anew: `seen` counts, by row, what this
-    step has drawn already."""
+    step has drawn already. `ended` is told of each that this process draws as soon as it has ended, with its place."""
     seen = Counter() if seen is None else seen
     numbers = []
     for row in rows:
         numbers.append(seen[row["id"]])
         seen[row["id"]] += samples
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    places = [place * samples + number for place in mine for number in range(samples)]
     with accelerator.autocast():
         drawn, _ = sample_rows(
             policy,
@@ -73,8 +76,8 @@ def collect(
             samples=samples,
             numbers=[numbers[place] for place in mine],
             batch_size=runtime.generation_batch,
+            ended=lambda number, sample: ended(places[number], sample),
         )
-    places = [(place, number) for place in mine for number in range(samples)]
     found: list[Any] = gather_object(list(zip(places, drawn, strict=True)))
     return Rollouts([sample for _, sample in sorted(found, key=lambda pair: pair[0])])
 

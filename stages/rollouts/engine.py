@@ -7,7 +7,7 @@ does not depend on which other samples share the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,9 +40,10 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling,
     batch_size: int,
-    progress: Callable[[int], None] = lambda _: None,
+    ended: Callable[[int, Completion], None] = lambda *_: None,
 ) -> list[Completion]:
-    """One completion for each prompt (repeat a prompt for a group). The model must be in eval mode.
+    """One completion for each prompt (repeat a prompt for a group). The model must be in eval mode. `ended` is told of each as
+    soon as it has ended, with its prompt's place, while others of its batch may still go on.
 
     Raises InputError when a prompt leaves no room for a token in the model's context.
     """
@@ -56,16 +57,18 @@ def generate(
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        batch = _generate_batch(policy, [prompts[p] for p in places], np.array([seeds[p] for p in places], np.uint64), sampling)
-        done.update(zip(places, batch, strict=True))
-        progress(len(done))
+        seeds_B = np.array([seeds[p] for p in places], np.uint64)
+        for b, completion in _generate_batch(policy, [prompts[p] for p in places], seeds_B, sampling):
+            done[places[b]] = completion
+            ended(places[b], completion)
     return [done[place] for place in range(len(prompts))]
 
 
 @torch.no_grad()
 def _generate_batch(
     policy: LoadedPolicy, prompts: Sequence[Sequence[int]], seeds_B: np.ndarray, sampling: Sampling
-) -> list[Completion]:
+) -> Iterator[tuple[int, Completion]]:
+    """Each row's completion, with the row's number, when it has ended."""
     model, device = policy.model, policy.model.device
     width = max(map(len, prompts))
     budget_B = torch.tensor([min(sampling.max_new_tokens, policy.context - len(prompt)) for prompt in prompts], device=device)
@@ -78,8 +81,6 @@ def _generate_batch(
         attention_BT[b, width - len(prompt) : width] = 1
     sampled_BT = torch.full((len(prompts), steps), policy.pad_id, device=device)
     logps_BT = torch.zeros((len(prompts), steps), device=device)
-    lengths_B = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-    stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     # The sequences still in the cache, as rows of the full batch; those among them that still want tokens.
     rows = torch.arange(len(prompts), device=device)
     open_R = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -88,16 +89,21 @@ def _generate_batch(
     for t in range(steps):
         tokens_R, logps_R = draw(logits_RV, uniforms_BT[rows, t], sampling)
         live = rows[open_R]
-        sampled_BT[live, t], logps_BT[live, t], lengths_B[live] = tokens_R[open_R], logps_R[open_R], t + 1
-        stopped_R = open_R & torch.isin(tokens_R, stops)
-        stopped_B[rows[stopped_R]] = True
-        open_R = open_R & ~stopped_R & (t + 1 < budget_B[rows])
+        sampled_BT[live, t], logps_BT[live, t] = tokens_R[open_R], logps_R[open_R]
+        stopped_R = torch.isin(tokens_R, stops)
+        ended_R = open_R & (stopped_R | (t + 1 >= budget_B[rows]))
+        open_R = open_R & ~ended_R
         attention_BT[rows, width + t] = 1
         # A sequence that is done stays where it is: past the context there may be no position to look up.
         positions_R = positions_R + open_R.long()
         count = int(open_R.sum())
+        if count < len(live):
+            places = rows[ended_R]
+            columns = (places, sampled_BT[places, : t + 1], logps_BT[places, : t + 1], stopped_R[ended_R])
+            for b, ids, logps, stopped in zip(*(column.tolist() for column in columns), strict=True):
+                yield b, Completion(ids, logps, "stop" if stopped else "length")
         if count == 0:
-            break
+            return
         if count <= 0.75 * len(rows):
             keep = open_R.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
@@ -110,7 +116,6 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-    return _completions(sampled_BT, logps_BT, lengths_B, stopped_B)
 
 
 def _read_prompts(
@@ -170,13 +175,3 @@ def truncate(probs_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _gather(logp_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
     return logp_BV.gather(-1, tokens_B[:, None]).squeeze(1)
-
-
-def _completions(
-    sampled_BT: torch.Tensor, logps_BT: torch.Tensor, lengths_B: torch.Tensor, stopped_B: torch.Tensor
-) -> list[Completion]:
-    columns = (sampled_BT.tolist(), logps_BT.tolist(), lengths_B.tolist(), stopped_B.tolist())
-    return [
-        Completion(ids[:length], logps[:length], "stop" if stopped else "length")
-        for ids, logps, length, stopped in zip(*columns, strict=True)
-    ]

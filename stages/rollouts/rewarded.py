@@ -12,22 +12,34 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from stages.rewards.mix import Mixed, Mixture
+from stages.rewards.base import Score
+from stages.rewards.mix import Begun, Mixed
 from stages.rollouts.batch import Rollouts
-from stages.rollouts.sample import Sample
+from stages.rollouts.sample import Ended, Row, Sample
 from stages.specs.grpo import Truncation
 
 
-def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts) -> list[Mixed]:
-    """Score every completion, each process its share; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`,
-    and what they note."""
+def verify_as_ended(begun: Begun) -> Ended:
+    """Hands each completion to the verifiers as soon as it has ended."""
+    return lambda place, sample: begun.add(place, sample.text, _rated_row(sample))
+
+
+def give_rewards(accelerator: Accelerator, begun: Begun, rollouts: Rollouts) -> list[Mixed]:
+    """Score every completion; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`, and what they note.
+
+    The pooled parts have `begun` with the completions that this process drew; of the others each process does its share.
+    """
+    mixture = begun.mixture
     mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
     samples = [rollouts.samples[place] for place in mine]
-    rows = [{**sample.row, "finish": sample.completion.finish} for sample in samples]
     with accelerator.autocast():
-        verdicts = mixture([sample.text for sample in samples], rows)
-    found: list[Any] = gather_object(list(zip(mine, verdicts, strict=True)))
-    verdicts = [one for _, one in sorted(found, key=lambda pair: pair[0])]
+        here = mixture.unpooled([sample.text for sample in samples], [_rated_row(sample) for sample in samples])
+    scores: list[dict[str, Score | None]] = [{} for _ in range(len(rollouts))]
+    for share in (list(zip(mine, here, strict=True)), list(begun.pooled().items())):
+        found: list[Any] = gather_object(share)
+        for place, ones in found:
+            scores[place] |= ones
+    verdicts = [mixture.mixed(sample.text, ones) for sample, ones in zip(rollouts.samples, scores, strict=True)]
     rollouts.each["reward"] = _numbers([one.total for one in verdicts])
     for key in mixture.keys:
         rollouts.each[f"rewards.{key}"] = _numbers([one.parts.get(key) for one in verdicts])
@@ -65,6 +77,10 @@ def last_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, ends: Sequen
 
     found = [bisect_left(range(last), end + 1, key=characters) for end in ends]
     return [last if end >= len(sample.text) - 1 else place for end, place in zip(ends, found, strict=True)]
+
+
+def _rated_row(sample: Sample) -> Row:
+    return {**sample.row, "finish": sample.completion.finish}
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor:

@@ -45,6 +45,10 @@ class Sample:
         return recorded(self.row, step, self.sample, self.text, length, finish, policy)
 
 
+# Is told of each sample as soon as it has ended, with its place among all of them.
+Ended = Callable[[int, Sample], None]
+
+
 def sample_rows(
     policy: LoadedPolicy,
     rows: Sequence[Row],
@@ -55,7 +59,7 @@ def sample_rows(
     samples: int = 1,
     numbers: Sequence[int] | None = None,
     batch_size: int = 256,
-    progress: Callable[[int], None] = lambda _: None,
+    ended: Ended = lambda *_: None,
 ) -> tuple[list[Sample], int]:
     """`samples` completions of each row, in order of rows, and the number of rows whose prompt fills the context.
 
@@ -69,13 +73,16 @@ def sample_rows(
     seeds = [sample_seed(seed, step, row["id"], k) for row, _, k in wanted]
     was_training = policy.model.training
     policy.model.eval()
-    completions = generate(policy, [ids for _, ids, _ in wanted], seeds, sampling, batch_size, progress)
+    drawn: dict[int, Sample] = {}
+
+    def read(place: int, completion: Completion) -> None:
+        row, ids, k = wanted[place]
+        drawn[place] = Sample(row, k, ids, completion, _text(policy, completion))
+        ended(place, drawn[place])
+
+    generate(policy, [ids for _, ids, _ in wanted], seeds, sampling, batch_size, read)
     policy.model.train(was_training)
-    drawn = [
-        Sample(row, k, ids, completion, _text(policy, completion))
-        for (row, ids, k), completion in zip(wanted, completions, strict=True)
-    ]
-    return drawn, len(rows) - len(wanted) // samples
+    return [drawn[place] for place in range(len(wanted))], len(rows) - len(wanted) // samples
 
 
 def _text(policy: LoadedPolicy, completion: Completion) -> str:

@@ -170,11 +170,23 @@ def test_grpo_on_two_processes_is_that_of_one(
     inputs = {"policy": init_folder, "prompts": dataset(rows, "prompts")}
     config: Row = {"steps": 4, "prompts": prompts, "group": 3, "sampling": {"max_new_tokens": 8}, "rewards": [LENGTH]}
     config |= {"optimizer": {"lr": 1e-2, "warmup": 0.0, "eps": 1e-5}} | changes
+    verifier = {"name": "math", "timeout": 60.0}  # each process has workers of its own, for what it has drawn
     if prompts > 1:
         # A learned part, and groups without spread, whose completions are measured, but not run in the update.
         inputs["reward_model"] = tmp_path / "reward"
         config["rewards"] = [{"name": "answer"}, {"name": "reward_model", "where": {"kind": "sum"}}]
-    names = ("reward", "kl", "length", "truncated", "groups", "groups_without_spread", "rewards_missing", "policy_loss")
+    config["rewards"] = [*config["rewards"], verifier]
+    names = (
+        "reward",
+        "rewards.math",
+        "kl",
+        "length",
+        "truncated",
+        "groups",
+        "groups_without_spread",
+        "rewards_missing",
+        "policy_loss",
+    )
     names += ("grad_norm", "clip_fraction", "ratio_max", "old_policy_kl", *(["kl_loss"] if "reference_kl" in changes else []))
     assert_alike("grpo", config, inputs, tmp_path, dict.fromkeys(names, 4), runtime={"packed": packed})
     one, two = (load_file(tmp_path / f"{count} processes/outputs/checkpoint/model.safetensors") for count in (1, 2))
