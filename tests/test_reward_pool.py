@@ -46,6 +46,12 @@ def test_a_verifier_that_fails_costs_its_own_completion(text: str, note: str) ->
     assert totals("a") == [(1, "kept")]
 
 
+def test_a_reward_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REWARDS, "broken", RewardEntry("broken_rewards:reward", version=1, pooled=True))
+    with pytest.raises(InputError, match=r"reward 'broken' raised RuntimeError .*row-0.*: a library of this reward is broken"):
+        score("broken", ["a", "b"], rows_of(2), 60.0)
+
+
 def test_all_of_a_step_may_fail() -> None:
     texts = ["crash", "hang", "killed"] * 2
     assert [one[1] if one else None for one in totals(*texts, timeout=1.0)] == ["died", "timeout", "died"] * 2

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,9 @@ def _begin(module: str) -> None:
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python would wait for a call that holds the interpreter
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    importlib.import_module(module)
+    # A worker that does not begin is replaced for ever; what cannot be imported is said by the call that needs it.
+    with suppress(Exception):
+        importlib.import_module(module)
 
 
 def _call(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
