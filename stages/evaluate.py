@@ -15,7 +15,7 @@ A reward of None is left out and counted; the learned one is None for what does 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
 from stages.rewards import check_rows, require_columns, score
 from stages.rewards.base import verdict
+from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.text import thinking
 from stages.rollouts.sample import Sample, sample_rows
 from stages.run import Run
@@ -53,6 +54,7 @@ def evaluate(
     reference: Path | None = None,
     opponent: Path | None = None,
     reward_model: Path | None = None,
+    process_model: Path | None = None,
 ) -> None:
     """Measure `policy` on `prompts`; write every generation with its rewards. Raises InputError before sampling when a
     reward lacks its column, or when the reward model reads other tokens. Without an opponent the judge is not asked."""
@@ -69,13 +71,17 @@ def evaluate(
 
     model = _load(config, policy)
     learned = None if reward_model is None else _load_reward_model(config, reward_model, model)
+    judges = load_judges(config.rewards, {"process_model": process_model}, model.model.device)
+    given = model_arguments(judges, config.runtime.micro_batch_tokens)
     samples, dropped = _sample(config, run, model, rows, "policy")
     if not samples:
         raise InputError("every prompt fills the model's context: nothing was sampled")
     rivals = None
     if opponent is not None and (config.judge or learned):
         rivals = _rivals(config, run, opponent, rows, None if config.judge else learned)
-    values: dict[str, Values] = {f"rewards.{ref.name}": _totals(ref, samples) for ref in config.rewards}
+    values: dict[str, Values] = {
+        f"rewards.{ref.name}": _totals(ref, samples, given.get(ref.name, {})) for ref in config.rewards
+    }
     if config.verifier:
         values["accuracy"] = _totals(config.verifier, samples)
     if reference is not None:
@@ -200,8 +206,9 @@ def _sample(
     )
 
 
-def _totals(ref: RewardRef, samples: Sequence[Sample]) -> Values:
-    scores = score(ref.name, [s.text for s in samples], [s.row for s in samples], ref.timeout, **ref.args)
+def _totals(ref: RewardRef, samples: Sequence[Sample], given: Mapping[str, object] | None = None) -> Values:
+    rows = [{**one.row, "finish": one.completion.finish} for one in samples]
+    scores = score(ref.name, [one.text for one in samples], rows, ref.timeout, **{**ref.args, **(given or {})})
     return [verdict(one) for one in scores]
 
 

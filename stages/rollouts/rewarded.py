@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -12,15 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from stages.data.steps import last_tokens
 from stages.rewards.mix import Mixed, Mixture
 from stages.rollouts.batch import Rollouts
-from stages.rollouts.sample import Sample
 from stages.specs.grpo import Truncation
 
 
 def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts) -> list[Mixed]:
     """Score every completion, each process its share; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`,
-    and what they note."""
+    the rated steps (none without a reward), and what they note."""
     mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
     samples = [rollouts.samples[place] for place in mine]
     rows = [{**sample.row, "finish": sample.completion.finish} for sample in samples]
@@ -31,6 +29,7 @@ def give_rewards(accelerator: Accelerator, mixture: Mixture, rollouts: Rollouts)
     rollouts.each["reward"] = _numbers([one.total for one in verdicts])
     for key in mixture.keys:
         rollouts.each[f"rewards.{key}"] = _numbers([one.parts.get(key) for one in verdicts])
+    rollouts.steps = [[] if one.total is None else list(one.steps) for one in verdicts]
     rollouts.notes = [dict(one.notes) for one in verdicts]
     return verdicts
 
@@ -44,27 +43,13 @@ def punish_length(rollouts: Rollouts, truncation: Truncation, limit: int) -> Non
     rollouts.each |= {"reward": rollouts.each["reward"] + penalty_B, "rewards.overlong": penalty_B}
 
 
-def rated_steps(
-    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, verdicts: Sequence[Mixed]
-) -> tuple[list[list[float]], list[list[int]]]:
-    """The scores of each completion's steps, and the place among its tokens where each ends; none without a reward."""
-    steps = [[] if one.total is None else one.steps for one in verdicts]
-    ends = [last_tokens(tokenizer, sample, [end for end, _ in of]) for sample, of in zip(rollouts.samples, steps, strict=True)]
-    return [[score for _, score in of] for of in steps], ends
-
-
-def last_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, ends: Sequence[int]) -> list[int]:
-    """The places of the tokens that complete certain characters of a completion's text. Its last character's is that of its
-    last token, EOS included."""
-    ids, last = sample.completion.ids, len(sample.completion.ids) - 1
-
-    def characters(place: int) -> int:
-        # The first bytes of a character are decoded too, to one or more of U+FFFD: only what agrees with the text is there.
-        decoded = str(tokenizer.decode(ids[: place + 1], skip_special_tokens=False))
-        return len(commonprefix([decoded, sample.text]))  # noqa: RUF071 - of texts, not of paths
-
-    found = [bisect_left(range(last), end + 1, key=characters) for end in ends]
-    return [last if end >= len(sample.text) - 1 else place for end, place in zip(ends, found, strict=True)]
+def rated_steps(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[list[float]], list[list[int]]]:
+    """The scores of each completion's steps, and the place among its tokens where each ends."""
+    ends = [
+        last_tokens(tokenizer, sample.completion.ids, sample.text, [end for end, _ in of])
+        for sample, of in zip(rollouts.samples, rollouts.steps, strict=True)
+    ]
+    return [[score for _, score in of] for of in rollouts.steps], ends
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor:
