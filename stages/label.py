@@ -44,6 +44,10 @@ Row = dict[str, Any]
 Scorer = Callable[[Sequence[Row]], list[Score | None]]
 Scored = tuple[Row, Score | None]
 CHUNK = 1024
+WORDS = (
+    ("preference", "are there two completions a prompt that differ"),
+    ("labelled completion", "does the reward rate steps"),
+)
 TYPES: dict[str, dict[str, pa.DataType]] = {
     "pairs": {
         **{name: pa.string() for name in ("id", "chosen", "rejected", "chosen_finish", "rejected_finish")},
@@ -71,13 +75,11 @@ def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | 
         for row in make(config, group, counts):
             (heldout if _held_out(config, row) else train).add(row)
     made = {"rows_train": train.close(), "rows_heldout": heldout.close()}
-    what, advice = "preference", "are there two completions a prompt that differ"
-    if config.form == "steps":
-        what, advice = "step label", "does the reward rate steps"
+    what, advice = WORDS[config.form == "steps"]
     if not any(made.values()):
         raise InputError(f"no {what} came of the samples ({dict(counts)}): {advice}?")
     if not made["rows_train"]:
-        raise InputError(f"all {made['rows_heldout']} rows of {what}s were held out: lower heldout, or sample more prompts")
+        raise InputError(f"all {made['rows_heldout']} {what}s were held out: lower heldout, or sample more prompts")
     run.table(f"{what}s", [{"what": one, "number": count} for one, count in counts.items()])
     if config.form == "steps":
         run.log(0, made | {"steps": counts["steps"], "steps_right": counts["steps right"] / counts["steps"]})

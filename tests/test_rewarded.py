@@ -84,6 +84,7 @@ def test_every_process_ends_with_all_rewards_in_order(processes: int) -> None:
             [(0, 1.0), (5, -0.012), (5, 2.0)],
             [],
         ]
+        assert rollouts.steps == [one.steps for one in verdicts]
         assert [sorted(one.parts) for one in verdicts] == [["brief", "told"] if n % 3 == 0 else ["told"] for n in range(7)]
     # Nothing is rated twice, and every completion with its own row, which says how it ended.
     assert sorted(text for texts, _, _ in ASKED for text in texts) == [f"text {n}" for n in range(7)]

@@ -153,5 +153,5 @@ class Rollouts:
         )
         numbers = torch.load(folder / "rollouts.pt", weights_only=True)
         rollouts.tokens, rollouts.each = numbers["tokens"], numbers["each"]
-        rollouts.steps, rollouts.notes = numbers["steps"], numbers["notes"]
+        rollouts.steps, rollouts.notes = numbers.get("steps", []), numbers["notes"]
         return rollouts

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, RewardRef, Sampling
@@ -15,6 +15,11 @@ class MeasuredReward(RewardRef):
     """A reward to report: also a process model's."""
 
     PORTS: ClassVar[Sequence[str]] = ("process_model",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any(cls, values: Any) -> Any:
+        return dict(values) if type(values) is RewardRef else values
 
 
 class EvaluateConfig(Config):
