@@ -54,7 +54,7 @@ def last_tokens_of_encoded(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], stopped: bool, text: str, ends: Sequence[int]
 ) -> list[int] | None:
     """`last_tokens` of a text that was encoded, to `ids` with an EOS if `stopped`: a template may have put something around it,
-    or taken the white space off it. None when the tokens spell another text, as unknown words do."""
+    or taken the white space off it. None when the tokens spell another text, as those of unknown words do."""
     spelt = str(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False))
     offset = spelt.find(text)
     if offset < 0 and (found := spelt.find(text.strip())) >= 0:

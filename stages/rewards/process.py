@@ -34,20 +34,23 @@ def process(
     max_tokens: int = 16384,
     **args: Any,
 ) -> list[Score | None]:
-    """Each completion's steps, rated, with their ends; None for what does not fit in the model's context, and for a text that
-    its tokenizer cannot spell. A completion that was cut off has no EOS, and its last step is rated too. `args`: see
-    `ProcessArgs`."""
+    """Each completion's steps, rated, with their ends; None for what does not fit in the model's context. A text that the
+    model's tokenizer cannot spell is one step. A completion that was cut off has no EOS, and its last step is rated too.
+    `args`: see `ProcessArgs`."""
     given = ProcessArgs.model_validate(args)
     pattern = separators(model) if given.steps is None else given.steps
     ends, asked, sequences = {}, [], {}
     for place, (text, row) in enumerate(zip(completions, rows, strict=True)):
         encoded, stopped = encode(model.tokenizer, row["prompt"], text, model.stops), row.get("finish") != "length"
         ids = encoded.completion_ids if stopped else encoded.completion_ids[:-1]
+        if not 0 < len(ids) <= model.context - len(encoded.prompt_ids):
+            continue
         found = step_ends(text, pattern)
         tokens = last_tokens_of_encoded(model.tokenizer, ids, stopped, text, found)
-        if tokens is not None and ids and len(encoded.prompt_ids) + len(ids) <= model.context:
-            ends[place], sequences[place] = found, np.array([*encoded.prompt_ids, *ids])
-            asked.append(len(encoded.prompt_ids) + np.array(tokens))
+        if tokens is None:
+            found, tokens = [max(0, len(text) - 1)], [len(ids) - 1]
+        ends[place], sequences[place] = found, np.array([*encoded.prompt_ids, *ids])
+        asked.append(len(encoded.prompt_ids) + np.array(tokens))
     raw = raw_step_scores(SequenceScores(model.model), model, list(sequences.values()), asked, max_tokens)
     scores = {place: model.step_scores(one) for place, one in zip(sequences, raw, strict=True)}
     return [_score(scores[place], ends[place], given.reduce) if place in scores else None for place in range(len(completions))]
