@@ -126,9 +126,7 @@ def nothing(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sc
 
 @pytest.mark.parametrize("changes", [{"reward": None}, {"noise": 0.1}, {"tie_within": 0.1}])
 def test_what_is_for_comparisons_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValidationError, match="form: steps needs a `reward` that rates steps, and neither noise"
-    ):
+    with pytest.raises(ValidationError, match="form: steps needs a `reward` that rates steps, and neither noise"):
         LabelConfig.model_validate(STEPS | changes)
 
 
