@@ -106,9 +106,7 @@ class RlhfRecipe(Recipe):
                 "or neither"
             )
         if self.grpo is not None and {"reward_model", "process_model"} <= {reward.name for reward in self.grpo.rewards}:
-            raise ValueError(
-                "grpo.rewards name reward_model and process_model, and the recipe makes one: leave one out"
-            )
+            raise ValueError("grpo.rewards name reward_model and process_model, and the recipe makes one: leave one out")
         if not self.rates_steps and self.measures_steps:
             raise ValueError("evaluate.rewards name process_model, which the recipe does not make: grpo.rewards do not name it")
         if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or "ptx" in self.inputs):

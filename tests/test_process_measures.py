@@ -27,6 +27,8 @@ CASES: list[tuple[str, list[float]]] = [
     ("3 3", [0.75, 1]),  # all right, found
     ("1 4 1", [1, 0.5, 1]),  # all right but one of a half, which is called wrong
     ("1 1 5", [1, 0.25, 0]),  # a later one found
+    ("1 3 1", [1, 0.5, 1]),  # a half that is called right
+    ("5", [0]),  # a score of 0 calls a step wrong
 ]
 
 
@@ -59,15 +61,15 @@ def test_steps_are_measured(fit: Fit, chain_rows: Rows, monkeypatch: pytest.Monk
         "step_accuracy": share(lambda label: label != 0.5),
         "step_accuracy_right": share(lambda label: label > 0.5),
         "step_accuracy_wrong": share(lambda label: label < 0.5),
-        "first_wrong_found": [[1.0], [0.0], [1.0], [0.0]],
-        "all_right_found": [[1.0], [0.0]],
+        "first_wrong_found": [[1.0], [0.0], [1.0], [0.0], [1.0]],
+        "all_right_found": [[1.0], [0.0], [1.0]],
     }
-    assert [len(rows) for rows in expected.values()] == [6, 6, 4, 4, 2]
+    assert [len(rows) for rows in expected.values()] == [8, 7, 5, 5, 3]
     for name, rows_of in expected.items():
         # This seed's 200 resamples of rows.
         wanted = summary(name, rows_of, 200, 5)
         assert {key: series(run, key) for key in wanted} == {key: [pytest.approx(one)] for key, one in wanted.items()}
-    assert series(run, "first_wrong_f1") == [pytest.approx(2 * 0.5 * 0.5 / 1.0)]
+    assert series(run, "first_wrong_f1") == [pytest.approx(2 / (5 / 3 + 3 / 2))]
     # By confidence in bins of 0.1: what is called right or wrong of each step that is one of them.
     sure = [(1 / (1 + math.exp(-abs(score))), (score > 0) == (label > 0.5)) for score, label in every if label != 0.5]
     bins = [[one for one in sure if min(4, int((one[0] - 0.5) * 10)) == k] for k in range(5)]

@@ -161,7 +161,7 @@ def test_arguments_are_checked_with_the_config(args: dict[str, Any], message: st
 
 
 def test_what_it_is_told_is_identity() -> None:
-    found = [WeightedReward(name="process_model", args=args).identity()["args"] for args in ({}, {"reduce": "min"})]
+    found = [part("process_model", args=args).identity()["args"] for args in ({}, {"reduce": "min"})]
     assert found[0] == found[1] == {"steps": None, "reduce": "min"}
     assert ProcessArgs().reduce == "min"
 

@@ -90,7 +90,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_template_may_put_something_around_the_text(template: str, text: str, stopped: bool) -> None:
     tokenizer = templated(template)
-    ids = encode(tokenizer, [{"role": "user", "content": "q"}], text, [tokenizer.eos_token_id]).completion_ids
+    eos: Any = tokenizer.eos_token_id
+    ids = encode(tokenizer, [{"role": "user", "content": "q"}], text, [eos]).completion_ids
     ids = ids if stopped else ids[:-1]
     found = last_tokens_of_encoded(tokenizer, ids, stopped, text, range(len(text)))
     assert found is not None
