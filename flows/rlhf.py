@@ -8,6 +8,9 @@ sft, reward_model, prompts -> ppo               with ptx, demonstrations mixed i
                               with refit, each after the first has a reward model that has seen the last one's samples too
 prompts, reward_model -> evaluate-base, evaluate-sft, evaluate-ppo or -grpo
 
+With labels of steps (`labels.form: steps`, or such rows as preferences) the reward model is a process model. The rewards of
+grpo then name it `process_model`, and those of evaluate may.
+
 All data is prepared before anything is trained. The held-out prompts, which measure every model, are taken out of all of it.
 """
 
@@ -73,7 +76,10 @@ class RlhfRecipe(Recipe):
         default=None, title="ppo", description="Optimises the SFT model on the prompts by the learned reward."
     )
     grpo: GrpoConfig | None = Field(
-        default=None, title="grpo", description="The same without a critic, in place of ppo; its rewards name `reward_model`."
+        default=None,
+        title="grpo",
+        description="The same without a critic, in place of ppo; its rewards name `reward_model`, or `process_model` when the "
+        "reward model learns from labels of steps.",
     )
     iterations: int = Field(
         default=1, ge=1, title="Iterations", description="Outer iterations of grpo: the reference is the last one's policy."
@@ -94,11 +100,30 @@ class RlhfRecipe(Recipe):
             raise ValueError("iterations and refit are grpo's; ppo keeps its reference")
         if self.refit and (self.samples is None or self.labels is None):
             raise ValueError("refit needs the steps samples and labels, which it repeats")
+        if self.labels is not None and (self.labels.form == "steps") != self.rates_steps:
+            raise ValueError(
+                "labels.form: steps makes a process model, which only grpo with the reward `process_model` can use: have both "
+                "or neither"
+            )
+        if self.grpo is not None and {"reward_model", "process_model"} <= {reward.name for reward in self.grpo.rewards}:
+            raise ValueError("grpo.rewards name reward_model and process_model, and the recipe makes one: leave one out")
+        if not self.rates_steps and self.measures_steps:
+            raise ValueError("evaluate.rewards name process_model, which the recipe does not make: grpo.rewards do not name it")
         if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or "ptx" in self.inputs):
             raise ValueError(
                 "the recipe gives demonstrations for PPO-ptx, but ppo.ptx, which says how to mix them in, is not set"
             )
         return self
+
+    @property
+    def rates_steps(self) -> bool:
+        """Whether the reward model is a process model, as grpo's rewards say."""
+        return self.grpo is not None and any(reward.name == "process_model" for reward in self.grpo.rewards)
+
+    @property
+    def measures_steps(self) -> bool:
+        """Whether the policies are measured by it too."""
+        return any(reward.name == "process_model" for reward in self.evaluate.rewards)
 
 
 def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
@@ -116,10 +141,16 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         samples = pipeline.step("samples", "sample", recipe.samples, policy=policy, prompts=prompts["train"])["samples"]
         preferences = pipeline.step("labels", "label", recipe.labels, samples=samples)
     assert preferences is not None
-    learnt_from: dict[str, Source] = {**_both(preferences), "demonstrations": demonstrations["train"], "samples": samples}
+    learnt_from: dict[str, Source] = _both(preferences)
+    if not recipe.rates_steps:
+        learnt_from |= {"demonstrations": demonstrations["train"], "samples": samples}
     reward = pipeline.step("reward_model", "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
 
-    measured = {"prompts": prompts["heldout"], "reward_model": reward}
+    measured: dict[str, Source] = {"prompts": prompts["heldout"]}
+    if not recipe.rates_steps:
+        measured["reward_model"] = reward
+    elif recipe.measures_steps:
+        measured["process_model"] = reward
     pipeline.step("evaluate-base", "evaluate", recipe.evaluate, policy=base, **measured)
     pipeline.step("evaluate-sft", "evaluate", recipe.evaluate, policy=sft, reference=base, opponent=base, **measured)
 
@@ -144,7 +175,7 @@ def _grpo(
             learnt_from = _relabelled(pipeline, recipe, number, policy, prompts, learnt_from)
             step = f"reward_model-{number}"
             reward = pipeline.step(step, "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
-        inputs = {"prompts": prompts, "reward_model": reward}
+        inputs = {"prompts": prompts, "process_model" if recipe.rates_steps else "reward_model": reward}
         policy = iteration(pipeline, "grpo", recipe.grpo, number, policy, inputs)
     return policy
 
@@ -160,7 +191,8 @@ def _relabelled(
     labels = pipeline.step(f"labels-{number}", "label", again(recipe.labels, number), samples=samples)["train"]
     both = {"source": learnt_from["train"], "also": labels}
     preferences = pipeline.step(f"preferences-{number}", "prepare", PrepareConfig(), **both)["train"]
-    return {**learnt_from, "train": preferences, "samples": samples}
+    more = {} if recipe.rates_steps else {"samples": samples}
+    return {**learnt_from, "train": preferences, **more}
 
 
 def prepared(pipeline: Pipeline, recipe: RlhfRecipe) -> dict[str, Outputs]:

@@ -34,8 +34,9 @@ from stages.models.logprobs import TokenLogProbs
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, raw_scores
 from stages.rewards import Scoring, check_rows, require_columns, score
 from stages.rewards.base import verdict
+from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.text import thinking
-from stages.rollouts.sample import Sample, sample_rows
+from stages.rollouts.sample import Ended, Row, Sample, sample_rows
 from stages.run import Run
 from stages.specs.common import RewardRef
 from stages.specs.evaluate import EvaluateConfig
@@ -55,6 +56,7 @@ def evaluate(
     reference: Path | None = None,
     opponent: Path | None = None,
     reward_model: Path | None = None,
+    process_model: Path | None = None,
 ) -> None:
     """Measure `policy` on `prompts`; write every generation with its rewards. Raises InputError before sampling when a
     reward lacks its column, or when the reward model reads other tokens. Without an opponent the judge is not asked."""
@@ -71,9 +73,9 @@ def evaluate(
 
     model = _load(config, policy)
     learned = None if reward_model is None else _load_reward_model(config, reward_model, model)
-    asked = {f"rewards.{ref.name}": ref for ref in config.rewards}
-    asked |= {"accuracy": config.verifier} if config.verifier else {}
-    samples, dropped, values = _sample(config, run, model, rows, "policy", asked)
+    judges = load_judges(config.rewards, {"process_model": process_model}, model.model.device)
+    given = model_arguments(judges, config.runtime.micro_batch_tokens)
+    samples, dropped, values = _scored(config, run, model, rows, given)
     if not samples:
         raise InputError("every prompt fills the model's context: nothing was sampled")
     rivals = None
@@ -183,36 +185,47 @@ def _rivals(
             "the opponent's tokenizer differs from the reward model's, which is to decide the win rate: "
             "set `judge` to a reward that reads text"
         )
-    return _sample(config, run, opponent, rows, "opponent", {})[0]
+    return _sample(config, run, opponent, rows, "opponent")[0]
 
 
-def _sample(
-    config: EvaluateConfig, run: Run, policy: LoadedPolicy, rows: list[dict[str, Any]], who: str, asked: Mapping[str, RewardRef]
+def _scored(
+    config: EvaluateConfig, run: Run, policy: LoadedPolicy, rows: list[Row], given: Mapping[str, Mapping[str, object]]
 ) -> tuple[list[Sample], int, dict[str, Values]]:
-    """The samples, how many prompts were dropped, and what the rewards that are asked say of each sample."""
-    size, total, done = config.runtime.generation_batch, len(rows) * config.samples, 0
+    """The policy's samples, how many prompts were dropped, and what the rewards say of each sample. `given` are further
+    arguments by reward name: a learned one's model."""
+    asked = {f"rewards.{ref.name}": ref for ref in config.rewards} | ({"accuracy": config.verifier} if config.verifier else {})
     with ExitStack() as stack:
-        scorings = {name: stack.enter_context(Scoring(ref.name, ref.timeout, **ref.args)) for name, ref in asked.items()}
+        scorings = {
+            key: stack.enter_context(Scoring(ref.name, ref.timeout, **{**ref.args, **given.get(ref.name, {})}))
+            for key, ref in asked.items()
+        }
 
         def ended(place: int, sample: Sample) -> None:
-            nonlocal done
             for scoring in scorings.values():
-                scoring.add(place, sample.text, sample.row)
-            done += 1
-            if done % size == 0:
-                run.progress(done, total, f"sampling the {who}")
+                scoring.add(place, sample.text, sample.rated_row)
 
-        samples, dropped = sample_rows(
-            policy, rows, config.sampling, seed=config.seed, samples=config.samples, batch_size=size, ended=ended
-        )
-        if done % size:
-            run.progress(done, total, f"sampling the {who}")
-        values = {name: [verdict(one) for one in scoring.finish().values()] for name, scoring in scorings.items()}
+        samples, dropped = _sample(config, run, policy, rows, "policy", ended)
+        values = {key: [verdict(one) for one in scoring.finish().values()] for key, scoring in scorings.items()}
     return samples, dropped, values
 
 
+def _sample(
+    config: EvaluateConfig, run: Run, policy: LoadedPolicy, rows: list[Row], who: str, ended: Ended = lambda *_: None
+) -> tuple[list[Sample], int]:
+    size, total, done = config.runtime.generation_batch, len(rows) * config.samples, 0
+
+    def count(place: int, sample: Sample) -> None:
+        nonlocal done
+        ended(place, sample)
+        done += 1
+        if done % size == 0 or done == total:
+            run.progress(done, total, f"sampling the {who}")
+
+    return sample_rows(policy, rows, config.sampling, seed=config.seed, samples=config.samples, batch_size=size, ended=count)
+
+
 def _totals(ref: RewardRef, samples: Sequence[Sample]) -> Values:
-    scores = score(ref.name, [s.text for s in samples], [s.row for s in samples], ref.timeout, **ref.args)
+    scores = score(ref.name, [one.text for one in samples], [one.rated_row for one in samples], ref.timeout, **ref.args)
     return [verdict(one) for one in scores]
 
 

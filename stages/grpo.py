@@ -25,6 +25,7 @@ Shapes: B completions (P prompts times G), T tokens, N all tokens of a step's co
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from stages.objectives.advantages import group_advantages, process_advantages
 from stages.objectives.kl import kl_loss
 from stages.objectives.policy import policy_loss, policy_metrics
 from stages.rewards.learned import load_judges, model_arguments
-from stages.rewards.mix import Mixed, Mixture
+from stages.rewards.mix import Mixture
 from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
@@ -107,10 +108,12 @@ def grpo(
     reference: Path | None = None,
     reward_model: Path | None = None,
     safety_model: Path | None = None,
+    process_model: Path | None = None,
 ) -> None:
     """Train `policy` on `prompts`; write `checkpoint` and every step's `rollouts`. The reference is the policy that training
     starts from unless another is given. Raises InputError, before anything is sampled, for rows that no reward can rate."""
-    loop = _prepare(config, policy, reference or policy, reward_model, safety_model)
+    judges = {"reward_model": reward_model, "safety_model": safety_model, "process_model": process_model}
+    loop = _prepare(config, policy, reference or policy, judges)
     accelerator = loop.accelerator
     rows = _usable(loop, run, prompts)
     order = RowOrder(len(rows), config.seed, shuffle=config.curriculum.order == "shuffled")
@@ -125,12 +128,12 @@ def grpo(
         due = (at.step + 1) % config.runtime.save_every == 0 or at.step + 1 == config.steps
         clock = perf_counter()
         if rollouts is None:
-            rollouts, verdicts = _sample(loop, rows, order, at)
-            _judge(loop, rollouts, verdicts, at)
+            rollouts = _sample(loop, rows, order, at)
+            _judge(loop, rollouts, at)
             if due:
                 _save(run, loop, at, parts, rollouts)
         sampled = perf_counter()
-        metrics = rollout_metrics(rollouts) | groups.group_metrics(rollouts)
+        metrics = rollout_metrics(rollouts) | groups.group_metrics(loop.config, rollouts)
         if at.step == 0:
             run.log(0, {f"{name}_before": metrics[name] for name in ("reward", "length") if name in metrics})
         metrics |= {"lr": float(loop.scheduler.get_last_lr()[0])} | _update(loop, rollouts, at.step)
@@ -153,37 +156,36 @@ def grpo(
     accelerator.wait_for_everyone()
 
 
-def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> tuple[Rollouts, list[Mixed]]:
+def _sample(loop: Loop, rows: list[Row], order: RowOrder, at: Position) -> Rollouts:
     """A step's completions with their rewards; with dynamic sampling more of them, until enough groups have spread."""
     config, seen, wanted = loop.config, Counter[str](), loop.config.prompts
     rollouts: Rollouts | None = None
-    verdicts: list[Mixed] = []
     draw = partial(collect, loop.accelerator, loop.policy, samples=config.group, seen=seen)
     for _ in range(1 + config.refill.rounds):
         batch = [rows[place] for place in order.take(at.drawn, wanted)]
         at.drawn += wanted
         with loop.mixture.begin() as begun:
             more = draw(batch, config.sampling, config.seed, at.step, config.runtime, ended=verify_as_ended(begun))
-            verdicts += give_rewards(loop.accelerator, begun, more)
+            give_rewards(loop.accelerator, begun, more)
         if config.truncation.how == "penalise":
             punish_length(more, config.truncation, config.sampling.max_new_tokens)
         rollouts = more if rollouts is None else rollouts.joined(more)
-        wanted = config.prompts - len(np.unique(rollouts.groups_B[groups.with_spread(rollouts)]))
+        wanted = config.prompts - len(np.unique(rollouts.groups_B[groups.with_spread(config, rollouts)]))
         if wanted <= 0:
             break
     assert rollouts is not None
-    return rollouts, verdicts
+    return rollouts
 
 
 @torch.no_grad()
-def _judge(loop: Loop, rollouts: Rollouts, verdicts: list[Mixed], at: Position) -> None:
+def _judge(loop: Loop, rollouts: Rollouts, at: Position) -> None:
     """Advantages of every token, and the log-probs that the update, the KL and its report need."""
     config, kl = loop.config, loop.config.reference_kl
     if config.reference_kl.penalised_in == "reward":
         _measure(loop, rollouts, at, groups.counted(config, rollouts))
     reward_B, groups_B = rollouts.each["reward"], torch.from_numpy(rollouts.groups_B)
     if config.supervision == "process":
-        scores, ends = rated_steps(loop.policy.tokenizer, rollouts, verdicts)
+        scores, ends = rated_steps(loop.policy.tokenizer, rollouts)
         advantages_BT = process_advantages(scores, ends, groups_B, int(rollouts.lengths_B.max()))
     else:
         if config.reference_kl.penalised_in == "reward":
@@ -290,7 +292,7 @@ def _usable(loop: Loop, run: Run, prompts: Path) -> list[Row]:
     return in_curriculum(run, rows, config.curriculum) if config.curriculum.used else rows
 
 
-def _prepare(config: GrpoConfig, policy: Path, reference: Path, reward_model: Path | None, safety_model: Path | None) -> Loop:
+def _prepare(config: GrpoConfig, policy: Path, reference: Path, judges: Mapping[str, Path | None]) -> Loop:
     """Load the models and check that they fit together. Dropout is off in all of them."""
     accelerator = accelerator_for(config.runtime, config.dtype)
     actor, anchor = load_policy(policy, seed=config.seed), None
@@ -300,8 +302,7 @@ def _prepare(config: GrpoConfig, policy: Path, reference: Path, reward_model: Pa
         anchor = load_policy(reference, seed=config.seed)
         require_same_tokens(actor, reference=anchor)
         anchor.model.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-    given = {"reward_model": reward_model, "safety_model": safety_model}
-    models = load_judges(config.rewards, given, accelerator.device)
+    models = load_judges(config.rewards, judges, accelerator.device)
     mixture = Mixture(config.rewards, model_arguments(models, config.runtime.micro_batch_tokens))
 
     module = TokenLogProbs(actor.model).eval()

@@ -1,9 +1,11 @@
-"""Label: preferences from samples, as an annotator would give them who sees the completions of one prompt side by side.
+"""Label: preferences from samples, as an annotator would give them who sees the completions of one prompt side by side; or step
+labels of each, as one gives who reads it step by step.
 
     score s_k of each completion: a reward, a verifier, or a learned reward model
     what the annotator sees:      o_k = s_k + noise * g_k,    g_k standard Gumbel
     pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected)
     rankings:                     by falling o
+    steps:                        of each completion that the reward rates by steps, these and their scores, from 0 to 1
 
 The difference of two Gumbels is logistic, so P(i over j) = sigmoid((s_i - s_j) / noise): the Bradley-Terry model (rl4llm
 5.1.3); the order of several is Plackett and Luce's. Scores within `tie_within`, and equal texts, are ties: they make no pair,
@@ -25,11 +27,12 @@ import pyarrow as pa
 from stages.artifacts import digest_of
 from stages.data.grouping import together
 from stages.data.parquet import RowWriter, read_schema
-from stages.data.schemas import row_id
+from stages.data.schemas import labelled_steps, row_id
+from stages.data.steps import pieces
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
-from stages.rewards.base import verdict
+from stages.rewards.base import Score, verdict
 from stages.rewards.text import as_shown
 from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed, uniforms
@@ -38,8 +41,13 @@ from stages.specs.label import LabelConfig
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Row = dict[str, Any]
-Scorer = Callable[[Sequence[Row]], list[float | None]]
+Scorer = Callable[[Sequence[Row]], list[Score | None]]
+Scored = tuple[Row, Score | None]
 CHUNK = 1024
+WORDS = (
+    ("preference", "are there two completions a prompt that differ"),
+    ("labelled completion", "does the reward rate steps"),
+)
 TYPES: dict[str, dict[str, pa.DataType]] = {
     "pairs": {
         **{name: pa.string() for name in ("id", "chosen", "rejected", "chosen_finish", "rejected_finish")},
@@ -50,6 +58,7 @@ TYPES: dict[str, dict[str, pa.DataType]] = {
         "ranks": pa.list_(pa.int64()),
         "scores": pa.list_(pa.float64()),
     },
+    "steps": {"completions": pa.list_(pa.string()), "labels": pa.list_(pa.float64()), "finish": pa.string()},
 }
 
 
@@ -58,7 +67,7 @@ def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | 
     column, and when no preference comes of the samples."""
     scorer = _scorer(config, samples, reward_model)
     counts: Counter[str] = Counter()
-    make = _pairs if config.form == "pairs" else _ranking
+    make = {"pairs": _pairs, "rankings": _ranking, "steps": _steps}[config.form]
     types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
     train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
     rows = run.rows(samples) if config.part == "completion" else _answers(run.rows(samples), counts)
@@ -66,11 +75,15 @@ def label(config: LabelConfig, run: Run, *, samples: Path, reward_model: Path | 
         for row in make(config, group, counts):
             (heldout if _held_out(config, row) else train).add(row)
     made = {"rows_train": train.close(), "rows_heldout": heldout.close()}
+    what, advice = WORDS[config.form == "steps"]
     if not any(made.values()):
-        raise InputError(f"no preference came of the samples ({dict(counts)}): are there two completions a prompt that differ?")
+        raise InputError(f"no {what} came of the samples ({dict(counts)}): {advice}?")
     if not made["rows_train"]:
-        raise InputError(f"all {made['rows_heldout']} preferences were held out: lower heldout, or sample more prompts")
-    run.table("preferences", [{"what": what, "number": count} for what, count in counts.items()])
+        raise InputError(f"all {made['rows_heldout']} {what}s were held out: lower heldout, or sample more prompts")
+    run.table(f"{what}s", [{"what": one, "number": count} for one, count in counts.items()])
+    if config.form == "steps":
+        run.log(0, made | {"steps": counts["steps"], "steps_right": counts["steps right"] / counts["steps"]})
+        return
     agreement = 1 - counts["turned by noise"] / counts["pairs ordered"]
     run.log(0, made | {"ties": counts["ties"], "agreement": agreement})
 
@@ -100,9 +113,8 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
     if reward is not None:
         require_columns(reward.name, columns, "the samples")
 
-        def by_rule(rows: Sequence[Row]) -> list[float | None]:
-            scores = score(reward.name, [row["completion"] for row in rows], rows, reward.timeout, **reward.args)
-            return [verdict(one) for one in scores]
+        def by_rule(rows: Sequence[Row]) -> list[Score | None]:
+            return score(reward.name, [row["completion"] for row in rows], rows, reward.timeout, **reward.args)
 
         return by_rule
     assert folder is not None
@@ -111,14 +123,14 @@ def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
     learned.model.to(accelerator_for(config.runtime).device).eval()  # pyright: ignore[reportArgumentType]
     module = SequenceScores(learned.model)
 
-    def by_model(rows: Sequence[Row]) -> list[float | None]:
+    def by_model(rows: Sequence[Row]) -> list[Score | None]:
         raw_B = score_rows(module, learned, rows, learned.context, config.runtime.micro_batch_tokens)
-        return [one if math.isfinite(one) else None for one in learned.rewards(raw_B).tolist()]
+        return [Score(one) for one in learned.rewards(raw_B).tolist()]
 
     return by_model
 
 
-def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[tuple[Row, float | None]]]:
+def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[Scored]]:
     """The samples of one prompt after another, with their scores. Raises InputError when those of a prompt are not together."""
     groups = together(rows)
     while chunk := list(islice(groups, CHUNK)):
@@ -142,16 +154,15 @@ def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
     return value - config.noise * math.log(-math.log(uniform))
 
 
-def _kept(
-    group: Sequence[tuple[Row, float | None]], config: LabelConfig, counts: Counter[str]
-) -> list[tuple[Row, float, float]]:
+def _kept(group: Sequence[Scored], config: LabelConfig, counts: Counter[str]) -> list[tuple[Row, float, float]]:
     """(row, score, seen) of the samples that have a score."""
-    kept = [(row, value, _seen(config, row, number, value)) for number, (row, value) in enumerate(group) if value is not None]
+    totals = [(row, verdict(one)) for row, one in group]
+    kept = [(row, value, _seen(config, row, number, value)) for number, (row, value) in enumerate(totals) if value is not None]
     counts["samples without a score"] += len(group) - len(kept)
     return kept
 
 
-def _pairs(config: LabelConfig, group: Sequence[tuple[Row, float | None]], counts: Counter[str]) -> Iterator[Row]:
+def _pairs(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
     kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
     candidates = combinations(kept, 2) if config.pairs == "all" else [(kept[0], kept[-1])] if len(kept) > 1 else []
     for (chosen, better, seen), (rejected, worse, less) in candidates:
@@ -169,7 +180,7 @@ def _pairs(config: LabelConfig, group: Sequence[tuple[Row, float | None]], count
         }
 
 
-def _ranking(config: LabelConfig, group: Sequence[tuple[Row, float | None]], counts: Counter[str]) -> Iterator[Row]:
+def _ranking(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
     kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
     # Ties chain: what is tied with one of a class joins it, and the best seen of a class says where it stands.
     classes: list[list[tuple[Row, float, float]]] = []
@@ -192,6 +203,27 @@ def _ranking(config: LabelConfig, group: Sequence[tuple[Row, float | None]], cou
         }
         finishes = [row.get("finish") for _, row, _, _ in members]
         yield _row(kept[0][0], ranking) | {"scores": [value for _, _, value, _ in members], "finishes": finishes}
+
+
+def _steps(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
+    """Step labels of a prompt's different completions. What follows the last rated step belongs to it."""
+    del config
+    known: set[str] = set()
+    for row, one in group:
+        if one is None or one.total is None or not one.step_scores or one.step_ends is None:
+            counts["samples without rated steps"] += 1
+        elif not row["completion"].strip():
+            counts["samples without text"] += 1
+        elif row["completion"] in known:
+            counts["samples equal to one before"] += 1
+        else:
+            known.add(row["completion"])
+            found = {"prompt": row["prompt"], "completions": pieces(row["completion"], one.step_ends)}
+            found["labels"] = list(one.step_scores)
+            labels = labelled_steps(found, f"the reward's steps of a completion of the row with id {row['id']!r}")[1]
+            counts["steps"] += len(labels)
+            counts["steps right"] += sum(label > 0.5 for label in labels)
+            yield _row(row, found | {"labels": labels}) | {"finish": row.get("finish")}
 
 
 def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) -> bool:

@@ -26,7 +26,7 @@ from stages.run import Run
 from stages.specs.prepare import Filters, PrepareConfig
 
 Row = dict[str, Any]
-# What tells prompts, demonstrations, preferences and rankings apart.
+# What tells prompts, demonstrations, preferences, rankings and step labels apart.
 KIND = tuple(name for name in CANONICAL if name not in ("id", "prompt", "margin"))
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "

@@ -51,6 +51,7 @@ def sample(
     policy: Path | None = None,
     reward_model: Path | None = None,
     safety_model: Path | None = None,
+    process_model: Path | None = None,
 ) -> None:
     """Write `samples`: the rows of `prompts`, each `config.samples` times, or the best of them, with a completion.
 
@@ -59,7 +60,7 @@ def sample(
     """
     accelerator = accelerator_for(config.runtime)
     total = min(count_rows(prompts), config.prompts or count_rows(prompts))
-    given = {"reward_model": reward_model, "safety_model": safety_model}
+    given = {"reward_model": reward_model, "safety_model": safety_model, "process_model": process_model}
     models = load_judges(config.best_of.rewards if config.best_of else [], given, accelerator.device)
     mixture = _mixture(config, models, run, prompts, total)
     draw = _drawer(config, policy, models, accelerator)

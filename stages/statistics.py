@@ -17,7 +17,9 @@ def summary(name: str, groups: Sequence[Sequence[float]], resamples: int, seed: 
     return {name: float(means.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 5) -> tuple[float, list[dict[str, float | int]]]:
+def calibration(
+    confidences: np.ndarray, right: np.ndarray, bins: int = 5, what: str = "pairs"
+) -> tuple[float, list[dict[str, float | int]]]:
     """Expected calibration error (Guo et al., arXiv 1706.04599) and its table, for confidences in [0.5, 1] of a choice of two.
 
     The error is the mean over choices of |confidence - accuracy| of the bin they are in; bins are of equal width.
@@ -28,8 +30,8 @@ def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 5) -> tu
         inside = places == place
         if count := int(inside.sum()):
             said, was = float(confidences[inside].mean()), float(right[inside].mean())
-            rows.append({"from": 0.5 + 0.5 * place / bins, "pairs": count, "confidence": said, "accuracy": was})
-    error = sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / max(1, len(confidences))
+            rows.append({"from": 0.5 + 0.5 * place / bins, what: count, "confidence": said, "accuracy": was})
+    error = sum(row[what] * abs(row["confidence"] - row["accuracy"]) for row in rows) / max(1, len(confidences))
     return float(error), rows
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_rollouts import PAD, rollouts_of
 
 from stages.data.batching import pad
+from stages.objectives.advantages import process_advantages
 from stages.rollouts import groups
 from stages.rollouts.batch import Rollouts
 from stages.specs.grpo import GrpoConfig
@@ -54,19 +55,58 @@ def groups_named(members: Members) -> list[int]:
 def test_which_groups_have_spread(members: Members) -> None:
     rollouts = rollouts_with(members)
     assert rollouts.groups_B.tolist() == groups_named(members)
-    assert groups.with_spread(rollouts).tolist() == spread(members)
+    assert groups.with_spread(config_of(), rollouts).tolist() == spread(members)
     prompts = {prompt for prompt, _, _ in members}
     taught = {prompt for (prompt, _, _), one in zip(members, spread(members), strict=True) if one}
-    assert groups.group_metrics(rollouts) == {
+    assert groups.group_metrics(config_of(), rollouts) == {
         "groups": len(prompts),
         "groups_without_spread": len(prompts - taught),
         "rewards_missing": sum(math.isnan(reward) for _, reward, _ in members),
     }
 
 
+PROCESS = {"supervision": "process"}
+# Of each completion: its prompt, its reward, its steps' scores.
+STEPPED: list[tuple[int, float, list[float]]] = [
+    (0, 1.0, [0.5, 0.5]), (0, 0.5, [0.5]),  # rewards differ, steps do not
+    (1, 1.0, [0.75, 0.25]), (1, 1.0, [0.5, 0.5]),  # steps differ, rewards do not
+    (2, 1.0, [1.0, 0.0]),  # alone, with steps that differ
+    (3, 1.0, [1.0]), (3, NAN, []), (3, 2.0, [1.0 + 1e-9]),  # by rounding
+    (4, 1.0, [1.0, 0.0]), (4, NAN, []), (4, 1.0, []),  # one without a reward, one without steps
+    (5, 1.0, []), (5, 2.0, []),
+]  # fmt: skip
+
+
+def test_under_process_supervision_spread_is_that_of_steps() -> None:
+    rollouts = rollouts_with([(prompt, reward, 2) for prompt, reward, _ in STEPPED])
+    rollouts.steps = [[(place, score) for place, score in enumerate(scores)] for _, _, scores in STEPPED]
+    taught = {1, 2, 4}
+    found = groups.with_spread(config_of(**PROCESS), rollouts).tolist()
+    assert found == [prompt in taught and not math.isnan(reward) for prompt, reward, _ in STEPPED]
+    assert groups.group_metrics(config_of(**PROCESS), rollouts) == {
+        "groups": 6,
+        "groups_without_spread": 3,
+        "rewards_missing": 2,
+    }
+    # What has spread is what has advantages: those of its steps.
+    scores, ends = [scores for *_, scores in STEPPED], [list(range(len(scores))) for *_, scores in STEPPED]
+    advantages_BT = process_advantages(scores, ends, torch.from_numpy(rollouts.groups_B), 2)
+    assert set(rollouts.groups_B[advantages_BT.abs().sum(-1) > 0].tolist()) == taught
+    # Dynamic sampling then keeps these.
+    config = config_of(**PROCESS, refill={"rounds": 1})
+    assert np.flatnonzero(groups.counted(config, rollouts)).tolist() == np.flatnonzero(found).tolist()
+    assert groups.with_spread(config_of(), rollouts).tolist() == [prompt in (0, 3, 5) and r == r for prompt, r, _ in STEPPED]
+
+
+def test_a_step_of_nothing_but_completions_without_steps_has_no_spread() -> None:
+    rollouts = rollouts_with([(0, NAN, 1), (0, NAN, 1)])
+    rollouts.steps = [[], []]
+    assert groups.with_spread(config_of(**PROCESS), rollouts).tolist() == [False, False]
+
+
 def test_rewards_that_differ_by_rounding_are_no_spread() -> None:
     rollouts = rollouts_with([(0, 1000.0, 1), (0, 1000.0 + 1e-4, 1), (1, 0.0, 1), (1, 1e-4, 1)])
-    assert groups.with_spread(rollouts).tolist() == [False, False, True, True]
+    assert groups.with_spread(config_of(), rollouts).tolist() == [False, False, True, True]
 
 
 @settings(max_examples=100, deadline=None)

@@ -78,7 +78,7 @@ def test_a_run_that_fails_in_every_step_ends_as_one_that_does_not(
     last = {"collect": 3, "optimization_step": 3}.get(place, 1) if name == "several" else 1
 
     def crash(*given: Any) -> None:
-        step = {"collect": lambda: given[5], "_judge": lambda: given[3].step}.get(place, lambda: given[7]().split(",")[0])()
+        step = {"collect": lambda: given[5], "_judge": lambda: given[2].step}.get(place, lambda: given[7]().split(",")[0])()
         calls[step] += 1
         if calls[step] == last:
             raise CrashError

@@ -217,8 +217,8 @@ def test_a_folder_that_is_no_reward_model_is_refused(init_folder: Path, folder: 
 
 
 def test_a_model_whose_scores_are_not_its_own_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(folder: Path) -> RewardModel:
-        found = load_reward_model(folder)
+    def shifted(folder: Path, **given: Any) -> RewardModel:
+        found = load_reward_model(folder, **given)
         real = found.model.forward
         monkeypatch.setattr(found.model, "forward", lambda **given: _shift(real(**given)))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stages.data.chain_sum import worked
+from stages.data.steps import last_tokens
 from stages.models.tokenizers import word_tokenizer
-from stages.rewards.mix import Mixed
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.engine import Completion
-from stages.rollouts.rewarded import last_tokens, rated_steps
+from stages.rollouts.rewarded import rated_steps
 from stages.rollouts.sample import Sample
 
 EMOJI = "ab😀. é漢👩‍👦"
@@ -70,6 +70,10 @@ def sample_of(tokenizer: PreTrainedTokenizerFast, ids: list[int], stopped: bool)
     return Sample({"id": "one"}, 0, [0], Completion(whole, [0.0] * len(whole), "stop" if stopped else "length"), text)
 
 
+def last_places(tokenizer: PreTrainedTokenizerFast, sample: Sample, ends: Sequence[int]) -> list[int]:
+    return last_tokens(tokenizer, sample.completion.ids, sample.text, ends)
+
+
 def ids_of(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int]:
     found: Any = tokenizer.convert_tokens_to_ids(tokens)
     return found
@@ -104,7 +108,7 @@ def ends_of(tokenizer: PreTrainedTokenizerFast, text: str, stopped: bool) -> tup
     assert sample.text == text
     # The last character's token is the last one: the EOS, where there is one.
     assert places[-1] == len(ids) - 1
-    return last_tokens(tokenizer, sample, range(len(text))), [*places[:-1], places[-1] + stopped]
+    return last_places(tokenizer, sample, range(len(text))), [*places[:-1], places[-1] + stopped]
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,7 +142,7 @@ def test_a_word_s_characters_end_at_its_token(stopped: bool, ids: list[int]) -> 
     places = [place for place, length in enumerate(lengths) for _ in range(length)]
     sample = sample_of(tokenizer, ids, stopped)
     expected = [len(ids) - 1 + stopped if one == len(places) - 1 else place for one, place in enumerate(places)]
-    assert last_tokens(tokenizer, sample, range(len(places))) == expected
+    assert last_places(tokenizer, sample, range(len(places))) == expected
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
@@ -150,7 +154,7 @@ def test_any_tokens_a_policy_draws_are_read_to_where_the_text_is_there(make: Mak
     ids = data.draw(st.lists(st.integers(2, len(tokenizer) - 1), min_size=1, max_size=10))
     sample = sample_of(tokenizer, ids, stopped)
     ends = data.draw(st.lists(st.integers(0, len(sample.text) + 3), max_size=6).map(sorted))
-    found = last_tokens(tokenizer, sample, ends)
+    found = last_places(tokenizer, sample, ends)
     assert found == sorted(found)
     for end, place in zip(ends, found, strict=True):
         if end >= len(sample.text) - 1:
@@ -167,10 +171,10 @@ def test_a_completion_without_text_ends_at_its_last_token(stopped: bool) -> None
     tokenizer = characters_or_bytes()
     sample = sample_of(tokenizer, ids_of(tokenizer, ["▁"]), stopped)
     assert sample.text == ""
-    assert last_tokens(tokenizer, sample, [0]) == [int(stopped)]
-    assert last_tokens(tokenizer, sample, []) == []
+    assert last_places(tokenizer, sample, [0]) == [int(stopped)]
+    assert last_places(tokenizer, sample, []) == []
     ended = Sample({"id": "one"}, 0, [0], Completion([1], [0.0], "stop"), "")
-    assert last_tokens(tokenizer, ended, [0, 0]) == [0, 0]
+    assert last_places(tokenizer, ended, [0, 0]) == [0, 0]
 
 
 def test_the_steps_of_a_worked_solution_by_hand() -> None:
@@ -182,21 +186,22 @@ def test_the_steps_of_a_worked_solution_by_hand() -> None:
     assert sample.text == text
     # The steps' last characters, in the middle of a token too; and the whole.
     ends = [text.index(";") - 2, text.index(";") - 1, text.index("</think>") - 1, len(text) - 2, len(text) - 1]
-    assert [tokens[place] for place in last_tokens(tokenizer, sample, ends)] == ["15", "15", "6", "</answer>", "<eos>"]
-    assert last_tokens(tokenizer, sample, ends) == [4, 4, 9, 13, 14]
+    assert [tokens[place] for place in last_places(tokenizer, sample, ends)] == [
+        "15",
+        "15",
+        "6",
+        "</answer>",
+        "<eos>",
+    ]
+    assert last_places(tokenizer, sample, ends) == [4, 4, 9, 13, 14]
 
 
-def test_steps_of_several_completions_keep_their_scores_and_those_without_a_reward_have_none() -> None:
+def test_steps_of_several_completions_keep_their_scores() -> None:
     tokenizer = words()
     three = ids_of(tokenizer, ["12", "+3", "="])
     rollouts = Rollouts([sample_of(tokenizer, three, stopped) for stopped in (True, True, False, False)])
-    verdicts = [
-        Mixed(3.0, {}, [(1, 1.0), (3, -1.0), (3, 2.0), (4, 1.0)]),
-        Mixed(None, {}, [(1, 1.0)]),
-        Mixed(0.0, {}, [(0, 0.5), (9, -0.5)]),
-        Mixed(0.0, {}, []),
-    ]
-    assert rated_steps(tokenizer, rollouts, verdicts) == (
+    rollouts.steps = [[(1, 1.0), (3, -1.0), (3, 2.0), (4, 1.0)], [], [(0, 0.5), (9, -0.5)], []]
+    assert rated_steps(tokenizer, rollouts) == (
         [[1.0, -1.0, 2.0, 1.0], [], [0.5, -0.5], []],
         [[0, 1, 1, 3], [], [0, 2], []],
     )

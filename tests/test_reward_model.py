@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from test_sft import Rows, counts, metrics, sequences_in
 
 import stages.models.reward
-import stages.reward_model
+import stages.training.comparisons
 from stages.data.batching import RowOrder, TokenBatch
 from stages.data.chain_sum import bare
 from stages.data.preferences import PreferenceTable
 from stages.models.load import load_policy, save_policy
 from stages.models.reward import RewardModel, new_reward_model
 from stages.request import run_stage
-from stages.reward_model import preference_loss
 from stages.run import Run
 from stages.specs.reward_model import RewardModelConfig
+from stages.training.comparisons import preference_loss
 
 request_of = reward_bench.request_of
 fit = reward_bench.fit
@@ -40,7 +40,7 @@ reward = reward_bench.reward
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[TokenBatch]:
     """Every micro-batch that the stage trains on."""
-    return recorded(monkeypatch, stages.reward_model, "preference_batches")
+    return recorded(monkeypatch, stages.training.comparisons, "preference_batches")
 
 
 def trained(batches: list[TokenBatch]) -> list[list[int]]:

@@ -25,9 +25,9 @@ rankings = reward_bench.rankings
 reward = reward_bench.reward
 
 
-def by_length(*arguments: Any) -> np.ndarray:
-    """In the place of `raw_scores`: a completion's score is its number of tokens over four."""
-    return np.array([len(ids) / 4 for ids in arguments[2]])
+def by_length(*arguments: Any) -> list[np.ndarray]:
+    """In the place of `raw_step_scores`: a completion's score is its number of tokens over four."""
+    return [np.array([len(ids) / 4]) for ids in arguments[2]]
 
 
 def nll(differences: Sequence[float]) -> float:
@@ -35,7 +35,7 @@ def nll(differences: Sequence[float]) -> float:
 
 
 def test_pairs_are_measured(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.reward_model, "raw_scores", by_length)
+    monkeypatch.setattr(stages.reward_model, "raw_step_scores", by_length)
     more = [2, 1, 0, -1, 3, 0, 8, -2]  # tokens that the chosen has more than the rejected
     texts = [{"chosen": "1" + "+1" * (4 + n), "rejected": "2" + "+1" * 4} for n in more]
     margins = [0.4, 0.3, 9.0, 0.1, 0.7, 0.5, 0.8, 0.2]
@@ -59,7 +59,7 @@ def test_pairs_are_measured(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPat
 
 
 def test_rankings_are_measured_by_row(fit: Fit, pairs: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.reward_model, "raw_scores", by_length)
+    monkeypatch.setattr(stages.reward_model, "raw_step_scores", by_length)
     rows = [
         {"completions": ["1+1+1", "1", "2"], "ranks": [1, 2, 2]},  # two right; the tied ones are no pair
         {"completions": ["1", "1+1", "1+1+1"], "ranks": [1, 2, 3]},  # three wrong
@@ -112,7 +112,7 @@ def test_equal_scores_decide_and_scale_nothing(fit: Fit, pairs: Rows, monkeypatc
     # In batches of unequal sizes the last bits of one sample's scores may differ.
     alike = np.array([0.25, 0.25 + bits * np.spacing(np.float32(0.25))] * 4)
     monkeypatch.setattr(stages.reward_model, "score_rows", lambda *_: alike)
-    monkeypatch.setattr(stages.reward_model, "raw_scores", lambda *arguments: np.zeros(len(arguments[2])))
+    monkeypatch.setattr(stages.reward_model, "raw_step_scores", lambda *arguments: [np.zeros(1)] * len(arguments[2]))
     # One margin is missing: then there is no table by margin.
     held = [*pairs[:7], pairs[7] | {"margin": None}]
     run = fit({"steps": 1}, pairs, held, samples=[{"prompt": pairs[0]["prompt"], "completion": "1"}] * 8)

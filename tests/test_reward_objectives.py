@@ -1,4 +1,4 @@
-"""Bradley-Terry and rankings: values by hand, translation invariance, ties, margins."""
+"""Bradley-Terry, rankings and labelled steps: values by hand, translation invariance, ties, margins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.objectives.reward import bradley_terry, ranking
+from stages.objectives.reward import bradley_terry, ranking, step_loss
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -49,3 +49,44 @@ def test_a_pair_is_a_ranking_of_two_and_ties_are_nothing() -> None:
     tied = ranking(scores, torch.tensor([1, 1]))
     assert tied.item() == 0
     assert not torch.autograd.grad(tied, scores)[0].any()
+
+
+# Steps.
+
+
+def test_step_loss_by_hand() -> None:
+    scores, labels = torch.tensor([0.0, 2.0, -1.0, 3.0]), torch.tensor([1.0, 1.0, 0.0, 0.25])
+    losses = [math.log(2), math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1))]
+    losses.append(0.25 * math.log(1 + math.exp(-3)) + 0.75 * math.log(1 + math.exp(3)))
+    assert step_loss(scores, labels).item() == pytest.approx(sum(losses) / 4, abs=1e-6)
+    assert step_loss(scores, labels, total=10).item() == pytest.approx(sum(losses) / 10, abs=1e-6)
+
+
+def test_step_loss_is_cross_entropy_of_two_logits_with_its_gradient() -> None:
+    """As TRL's PRMTrainer has it, whose logits are (wrong, right)."""
+    scores = torch.randn(6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    expected = F.cross_entropy(torch.stack([torch.zeros(6), scores], -1), labels)
+    loss = step_loss(scores, labels.float())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one, scores)[0] for one in (loss, expected)))
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    scores, labels = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    labels = labels.sigmoid()
+    parts = [step_loss(scores[a:b], labels[a:b], total=9) for a, b in ((0, 4), (4, 4), (4, 9))]
+    torch.testing.assert_close(torch.stack(parts).sum(), step_loss(scores, labels))
+
+
+def test_without_a_step_gradients_flow_and_are_zero() -> None:
+    scores = torch.ones(3, requires_grad=True)
+    loss = step_loss(scores[:0], torch.ones(0))
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, scores)[0].tolist() == [0, 0, 0]
+
+
+def test_extreme_and_rounded_steps() -> None:
+    assert step_loss(torch.tensor([-200.0]), torch.tensor([1.0])).item() == pytest.approx(200)
+    rounded = step_loss(torch.ones(2, dtype=torch.bfloat16), torch.ones(2))
+    assert rounded.dtype == torch.float32

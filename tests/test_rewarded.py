@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,7 @@ def test_every_process_ends_with_all_rewards_in_order(processes: int) -> None:
             [(0, 1.0), (5, -0.012), (5, 2.0)],
             [],
         ]
+        assert rollouts.steps == [one.steps for one in verdicts]
         assert [sorted(one.parts) for one in verdicts] == [["brief", "told"] if n % 3 == 0 else ["told"] for n in range(7)]
     # Nothing is rated twice, and every completion with its own row, which says how it ended.
     assert sorted(text for texts, _, _ in ASKED for text in texts) == [f"text {n}" for n in range(7)]
@@ -171,3 +173,14 @@ def test_the_penalty_is_dapo_s(data: st.DataObject, limit: int, penalty: int) ->
     # A completion that goes on beyond the limit is one token too long.
     told = [dapo(length + (end == "length"), limit, window) for length, end in zip(lengths, finishes, strict=True)]
     assert overlong == pytest.approx([penalty * one for one in told])
+
+
+def test_joined_and_resumed_completions_keep_their_steps(tmp_path: Path) -> None:
+    rollouts = seven()
+    give_rewards(accelerator_for(CPU, "float32"), mixture_of().begin(), rollouts)
+    assert [len(steps) for steps in rollouts.steps] == [3, 2, 2, 3, 0, 2, 3]
+    assert rollouts.joined(rollouts).steps == rollouts.steps * 2
+    rollouts.save(tmp_path)
+    found = Rollouts.load(tmp_path, {sample.row["id"]: sample.row for sample in rollouts.samples})
+    assert found is not None
+    assert found.steps == rollouts.steps

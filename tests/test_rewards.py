@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -105,7 +106,44 @@ PREFERENCES = {
 def test_preference_by_hand(completion: str, right: float, superfluous: float, complete: float) -> None:
     (one,) = score("chain_sum", [completion], [{"problem": "12+3-9", "answer": "6"}])
     parts = {"right": right, "superfluous": superfluous, "complete": complete}
-    assert one == Score(right + superfluous + complete, parts)
+    assert one is not None
+    assert (one.total, one.components) == (right + superfluous + complete, parts)
+
+
+# A completion with a | behind each step, and which of these are right.
+STEPS = {
+    "all right": ("<think>12+3=15;|15-9=6</think>|<answer>6</answer>|", [1, 1, 1]),
+    "text around": ("So: <think>12+3=15;|15-9=6</think>|\nIt is <answer>6</answer>.\n|", [1, 1, 1]),
+    "a wrong sum at the end": ("<think>12+3=15;|15-9=7</think>|<answer>7</answer>|", [1, 0, 0]),
+    "a wrong sum carried on": ("<think>12+3=14;|14-9=5</think>|<answer>5</answer>|", [0, 0, 0]),
+    "a wrong sum that is made good": ("<think>12+3=14;|15-9=6</think>|<answer>6</answer>|", [0, 1, 0]),
+    "a step left out": ("<think>12+3=15</think>|<answer>6</answer>|", [1, 0]),
+    "a superfluous step": ("<think>12+3=15;|15-9=6;|6+0=6</think>|<answer>6</answer>|", [1, 1, 0, 0]),
+    "steps in another order": ("<think>15-9=6;|12+3=15</think>|<answer>6</answer>|", [0, 0, 0]),
+    "an empty step": ("<think>12+3=15;|;|15-9=6</think>|<answer>6</answer>|", [1, 0, 0, 0]),
+    "right steps, wrong answer": ("<think>12+3=15;|15-9=6</think>|<answer>7</answer>|", [1, 1, 0]),
+    "right steps, an answer without tags": ("<think>12+3=15;|15-9=6</think>|6|", [1, 1, 0]),
+    "right steps, no answer": ("<think>12+3=15;|15-9=6</think>|", [1, 0]),
+    "right steps, a blank for an answer": ("<think>12+3=15;|15-9=6</think>\n |", [1, 0]),
+    "steps without end": ("<think>12+3=15;15-9=6|", [0]),
+    "a lucky guess": ("<answer>6</answer>|", [0]),
+    "no steps between the tags": ("<think></think><answer>6</answer>|", [0]),
+}
+
+
+@pytest.mark.parametrize(("marked", "right"), STEPS.values(), ids=STEPS)
+def test_written_steps_and_the_answer_are_rated(marked: str, right: list[int]) -> None:
+    steps = marked.split("|")[:-1]
+    (one,) = score("chain_sum", ["".join(steps)], [{"problem": "12+3-9", "answer": "6"}])
+    assert one is not None
+    assert one.step_ends == [end - 1 for end in accumulate(map(len, steps))]
+    assert one.step_scores == right
+
+
+def test_no_text_is_one_wrong_step() -> None:
+    (one,) = score("chain_sum", [""], [{"problem": "12+3-9", "answer": "6"}])
+    assert one is not None
+    assert (one.step_scores, one.step_ends) == ([0.0], [0])
 
 
 def test_preference_takes_shares_of_the_problem_s_own_steps() -> None:

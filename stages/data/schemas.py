@@ -7,6 +7,7 @@ Canonical rows: `id`, `prompt` (text or messages), then by kind
     unpaired         completion, label
     preferences      chosen, rejected, margin?
     rankings         completions, ranks
+    step labels      completions (the steps of one completion, in order), labels (0 wrong .. 1 right, one a step)
 
 and the source's other columns. Completions are text: the assistant's last turn.
 """
@@ -23,7 +24,7 @@ from stages.errors import InputError
 Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
-CANONICAL = ("id", "prompt", "completion", "label", "chosen", "rejected", "margin", "completions", "ranks")
+CANONICAL = ("id", "prompt", "completion", "label", "chosen", "rejected", "margin", "completions", "ranks", "labels")
 TEXTS = ("completion", "chosen", "rejected")
 
 
@@ -47,7 +48,31 @@ def canonical(row: Row, where: str) -> Row:
         if name in row:
             row[name] = _text(row[name], where, name)
     _check(row, where)
+    if "labels" in row:
+        row["completions"], row["labels"] = labelled_steps(row, where)
     return row
+
+
+def labelled_steps(row: Row, where: str) -> tuple[list[str], list[float]]:
+    """The steps of a completion and their labels, from 0 (wrong) to 1 (right). Raises InputError naming row and column."""
+    steps: Any = row.get("completions")
+    labels = row["labels"]
+    if "ranks" in row:
+        raise InputError(f'{where}: it has "ranks" and "labels"; "completions" are either a prompt\'s answers or one\'s steps')
+    for name, value in (("completions", steps), ("labels", labels)):
+        if not isinstance(value, list):
+            raise InputError(
+                f'{where}: "labels" are those of the steps in "completions", and "{name}" must be a list, '
+                f"it is {type(value).__name__} {str(value)[:60]!r}"
+            )
+    if len(steps) != len(labels) or not steps:
+        raise InputError(f'{where}: {len(labels)} "labels" for {len(steps)} "completions"; each step needs one')
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True), start=1):
+        if not isinstance(step, str) or not step.strip():
+            raise InputError(f'{where}: step {number} in "completions" must be text and not empty, it is {step!r}')
+        if not isinstance(label, bool | int | float) or not 0 <= label <= 1:
+            raise InputError(f'{where}: "labels" are true, false or numbers from 0 to 1; that of step {number} is {label!r}')
+    return list(steps), [float(label) for label in labels]
 
 
 def in_form(row: Row, form: Literal["as_given", "demonstrations", "prompts"], where: str) -> Row:

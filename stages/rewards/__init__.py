@@ -32,8 +32,11 @@ REWARDS: dict[str, RewardEntry] = {
     "repetition": RewardEntry("stages.rewards.repetition:repetition", version=1),
     "reward_model": RewardEntry("stages.rewards.learned:learned", version=1, port="reward_model"),
     "safety_model": RewardEntry("stages.rewards.learned:learned", version=1, port="safety_model"),
+    "process_model": RewardEntry(
+        "stages.rewards.process:process", version=1, port="process_model", arguments="stages.specs.common:ProcessArgs"
+    ),
     "code": RewardEntry("stages.rewards.code:code", version=1, columns=("tests",)),
-    "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=2, columns=("problem", "answer")),
+    "chain_sum": RewardEntry("stages.rewards.chain_sum:preference", version=3, columns=("problem", "answer")),
     "lists_helpful": RewardEntry("stages.rewards.lists:helpful", version=1, columns=("problem",)),
     "lists_harmless": RewardEntry("stages.rewards.lists:harmless", version=1),
 }

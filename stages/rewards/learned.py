@@ -1,4 +1,5 @@
-"""A learned reward model as a part of a mixed reward: of the whole completion, or of its final answer alone (rl4llm 6.7.4)."""
+"""A learned reward model as a part of a mixed reward: of the whole completion, or of its final answer alone (rl4llm 6.7.4).
+That of its steps is in `process`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from stages.errors import InputError
 from stages.models.reward import RewardModel, SequenceScores, check_scores, load_reward_model, score_rows
 from stages.rewards.base import Row, Score
 from stages.rewards.text import as_shown
-from stages.specs.common import WeightedReward
+from stages.specs.common import RewardRef
+
+PROCESS = "process_model"
 
 
 def learned(
@@ -38,11 +41,9 @@ def learned(
     return [Score(float(one)) if np.isfinite(one) else None for one in model.rewards(raw_B)]
 
 
-def load_judges(
-    parts: Sequence[WeightedReward], folders: Mapping[str, Path | None], device: torch.device
-) -> dict[str, RewardModel]:
-    """The reward models that a mixed reward has parts for, by name. Raises InputError for a part without its model, and for a
-    model without a part."""
+def load_judges(parts: Sequence[RewardRef], folders: Mapping[str, Path | None], device: torch.device) -> dict[str, RewardModel]:
+    """The reward models that rewards are for, by name. Raises InputError for a reward without its model, for a model without a
+    reward, and for one that rates steps where whole completions are to be rated, or the other way round."""
     models: dict[str, RewardModel] = {}
     for name, folder in folders.items():
         wanted = any(part.name == name for part in parts)
@@ -52,7 +53,12 @@ def load_judges(
             continue
         if not wanted:
             raise InputError(f"there is an input {name!r}, but no reward of this name; add {{name: {name}}} to rewards")
-        models[name] = load_reward_model(folder)
+        models[name] = load_reward_model(folder, rates="steps" if name == PROCESS else "completions")
+        if models[name].step_separator == "" and any(part.name == PROCESS and not part.args.get("steps") for part in parts):
+            raise InputError(
+                f"the reward {PROCESS!r} needs `steps` in its args, a regular expression whose match ends a step: its model "
+                'was trained on steps with nothing between them (step_separator: "")'
+            )
         check_scores(models[name], packed=False)
         models[name].model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return models

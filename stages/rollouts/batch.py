@@ -27,8 +27,9 @@ Units = Sequence[int] | Sequence[np.ndarray] | np.ndarray
 
 
 class Rollouts:
-    """Samples; `tokens`: float32 tensors of N numbers by name; `each`: float64 tensors of B numbers by name; `notes`: of each
-    completion, what its rewards' verdicts noted, by reward; empty where no reward gives notes."""
+    """Samples; `tokens`: float32 tensors of N numbers by name; `each`: float64 tensors of B numbers by name; `steps`: of each
+    completion, the (last character, weighted score) of its rated steps; `notes`: of each, what its rewards' verdicts noted, by
+    reward; both empty before there are rewards."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = list(samples)
@@ -36,6 +37,7 @@ class Rollouts:
         self.starts_B = np.cumsum([0, *self.lengths_B])
         self.tokens: dict[str, torch.Tensor] = {}
         self.each: dict[str, torch.Tensor] = {}
+        self.steps: list[list[tuple[int, float]]] = []
         self.notes: list[dict[str, str]] = []
 
     def __len__(self) -> int:
@@ -101,7 +103,7 @@ class Rollouts:
     def joined(self, others: Rollouts) -> Rollouts:
         """These completions and then others, with what is known of each of both."""
         both = Rollouts([*self.samples, *others.samples])
-        both.notes = [*self.notes, *others.notes]
+        both.steps, both.notes = [*self.steps, *others.steps], [*self.notes, *others.notes]
         both.each = {name: torch.cat([part_B, others.each[name]]) for name, part_B in self.each.items()}
         return both
 
@@ -137,7 +139,8 @@ class Rollouts:
         """Write all but the prompts' rows into a state's folder."""
         kept = [asdict(sample) | {"row": sample.row["id"]} for sample in self.samples]
         (folder / "rollouts.json").write_text(json.dumps(kept))
-        torch.save({"tokens": self.tokens, "each": self.each, "notes": self.notes}, folder / "rollouts.pt")
+        numbers = {"tokens": self.tokens, "each": self.each, "steps": self.steps, "notes": self.notes}
+        torch.save(numbers, folder / "rollouts.pt")
 
     @classmethod
     def load(cls, folder: Path, rows: Mapping[str, Row]) -> Rollouts | None:
@@ -149,5 +152,6 @@ class Rollouts:
             [Sample(**one | {"row": rows[one["row"]], "completion": Completion(**one["completion"])}) for one in kept]
         )
         numbers = torch.load(folder / "rollouts.pt", weights_only=True)
-        rollouts.tokens, rollouts.each, rollouts.notes = numbers["tokens"], numbers["each"], numbers["notes"]
+        rollouts.tokens, rollouts.each = numbers["tokens"], numbers["each"]
+        rollouts.steps, rollouts.notes = numbers.get("steps", []), numbers["notes"]
         return rollouts

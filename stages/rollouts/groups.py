@@ -12,10 +12,15 @@ from stages.rollouts.batch import Rollouts
 from stages.specs.grpo import GrpoConfig
 
 
-def with_spread(rollouts: Rollouts) -> np.ndarray:
-    """Which completions have a reward, and a group in which rewards differ."""
-    reward_B = rollouts.each["reward"]
-    return spread_B(reward_B, torch.from_numpy(rollouts.groups_B), ~reward_B.isnan()).numpy()
+def with_spread(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
+    """Which completions have a reward, and a group in which differs what its advantages are made of: rewards, or under process
+    supervision the scores of steps."""
+    reward_B, groups_B = rollouts.each["reward"], torch.from_numpy(rollouts.groups_B)
+    if config.supervision == "outcome":
+        return spread_B(reward_B, groups_B, ~reward_B.isnan()).numpy()
+    groups_N = groups_B.repeat_interleave(torch.tensor([len(steps) for steps in rollouts.steps]))
+    scores_N = torch.tensor([score for steps in rollouts.steps for _, score in steps], dtype=torch.float64)
+    return (~reward_B.isnan() & torch.isin(groups_B, groups_N[spread_B(scores_N, groups_N)])).numpy()
 
 
 def by_group(rollouts: Rollouts, indices: np.ndarray) -> list[np.ndarray]:
@@ -56,7 +61,7 @@ def counted(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
     counted_B = ~rollouts.each["reward"].isnan().numpy()
     if config.truncation.how == "mask":
         counted_B &= ~rollouts.truncated_B
-    return counted_B & with_spread(rollouts) if config.refill.rounds else counted_B
+    return counted_B & with_spread(config, rollouts) if config.refill.rounds else counted_B
 
 
 def minibatches(config: GrpoConfig, rollouts: Rollouts, step: int, epoch: int) -> list[np.ndarray]:
@@ -73,7 +78,7 @@ def taught(config: GrpoConfig, rollouts: Rollouts) -> np.ndarray:
     if config.reference_kl.penalised_in is not None:
         return counted_B
     if config.objective == "ranked_pairs":
-        return counted_B & with_spread(rollouts)
+        return counted_B & with_spread(config, rollouts)
     return counted_B & (rollouts.sums_B(rollouts.tokens["advantages"].abs()) > 0)
 
 
@@ -89,9 +94,9 @@ class Totals:
         self.pairs = max(1, sum(ordered_pairs(rollouts.each["reward"][unit]) for unit in by_group(rollouts, chosen)))
 
 
-def group_metrics(rollouts: Rollouts) -> dict[str, float]:
+def group_metrics(config: GrpoConfig, rollouts: Rollouts) -> dict[str, float]:
     """Groups sampled, those among them that teach nothing, and completions without a reward."""
     groups = len(np.unique(rollouts.groups_B))
-    spread = len(np.unique(rollouts.groups_B[with_spread(rollouts)]))
+    spread = len(np.unique(rollouts.groups_B[with_spread(config, rollouts)]))
     missing = float(rollouts.each["reward"].isnan().sum())
     return {"groups": float(groups), "groups_without_spread": float(groups - spread), "rewards_missing": missing}

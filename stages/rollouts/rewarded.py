@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -12,20 +10,22 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from stages.data.steps import last_tokens
 from stages.rewards.base import Score
 from stages.rewards.mix import Begun, Mixed
 from stages.rollouts.batch import Rollouts
-from stages.rollouts.sample import Ended, Row, Sample
+from stages.rollouts.sample import Ended
 from stages.specs.grpo import Truncation
 
 
 def verify_as_ended(begun: Begun) -> Ended:
     """Hands each completion to the verifiers as soon as it has ended."""
-    return lambda place, sample: begun.add(place, sample.text, _rated_row(sample))
+    return lambda place, sample: begun.add(place, sample.text, sample.rated_row)
 
 
 def give_rewards(accelerator: Accelerator, begun: Begun, rollouts: Rollouts) -> list[Mixed]:
-    """Score every completion; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`, and what they note.
+    """Score every completion; keep `reward` and `rewards.*` (NaN: none) in `rollouts.each`, the rated steps (none without
+    a reward), and what they note.
 
     The pooled parts have `begun` with the completions that this process drew; of the others each process does its share.
     """
@@ -33,7 +33,7 @@ def give_rewards(accelerator: Accelerator, begun: Begun, rollouts: Rollouts) -> 
     mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
     samples = [rollouts.samples[place] for place in mine]
     with accelerator.autocast():
-        here = mixture.unpooled([sample.text for sample in samples], [_rated_row(sample) for sample in samples])
+        here = mixture.unpooled([sample.text for sample in samples], [sample.rated_row for sample in samples])
     scores: list[dict[str, Score | None]] = [{} for _ in range(len(rollouts))]
     for share in (list(zip(mine, here, strict=True)), list(begun.pooled().items())):
         found: list[Any] = gather_object(share)
@@ -43,6 +43,7 @@ def give_rewards(accelerator: Accelerator, begun: Begun, rollouts: Rollouts) -> 
     rollouts.each["reward"] = _numbers([one.total for one in verdicts])
     for key in mixture.keys:
         rollouts.each[f"rewards.{key}"] = _numbers([one.parts.get(key) for one in verdicts])
+    rollouts.steps = [[] if one.total is None else list(one.steps) for one in verdicts]
     rollouts.notes = [dict(one.notes) for one in verdicts]
     return verdicts
 
@@ -56,31 +57,13 @@ def punish_length(rollouts: Rollouts, truncation: Truncation, limit: int) -> Non
     rollouts.each |= {"reward": rollouts.each["reward"] + penalty_B, "rewards.overlong": penalty_B}
 
 
-def rated_steps(
-    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, verdicts: Sequence[Mixed]
-) -> tuple[list[list[float]], list[list[int]]]:
-    """The scores of each completion's steps, and the place among its tokens where each ends; none without a reward."""
-    steps = [[] if one.total is None else one.steps for one in verdicts]
-    ends = [last_tokens(tokenizer, sample, [end for end, _ in of]) for sample, of in zip(rollouts.samples, steps, strict=True)]
-    return [[score for _, score in of] for of in steps], ends
-
-
-def last_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, ends: Sequence[int]) -> list[int]:
-    """The places of the tokens that complete certain characters of a completion's text. Its last character's is that of its
-    last token, EOS included."""
-    ids, last = sample.completion.ids, len(sample.completion.ids) - 1
-
-    def characters(place: int) -> int:
-        # The first bytes of a character are decoded too, to one or more of U+FFFD: only what agrees with the text is there.
-        decoded = str(tokenizer.decode(ids[: place + 1], skip_special_tokens=False))
-        return len(commonprefix([decoded, sample.text]))  # noqa: RUF071 - of texts, not of paths
-
-    found = [bisect_left(range(last), end + 1, key=characters) for end in ends]
-    return [last if end >= len(sample.text) - 1 else place for end, place in zip(ends, found, strict=True)]
-
-
-def _rated_row(sample: Sample) -> Row:
-    return {**sample.row, "finish": sample.completion.finish}
+def rated_steps(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[list[float]], list[list[int]]]:
+    """The scores of each completion's steps, and the place among its tokens where each ends."""
+    ends = [
+        last_tokens(tokenizer, sample.completion.ids, sample.text, [end for end, _ in of])
+        for sample, of in zip(rollouts.samples, rollouts.steps, strict=True)
+    ]
+    return [[score for _, score in of] for of in rollouts.steps], ends
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor:

@@ -39,6 +39,11 @@ class Sample:
     completion: Completion
     text: str
 
+    @property
+    def rated_row(self) -> Row:
+        """The row as rewards are given it: with how the sample ended."""
+        return {**self.row, "finish": self.completion.finish}
+
     def record(self, step: int, policy: str) -> Row:
         """The sample as a row of a rollouts dataset."""
         length, finish = len(self.completion.ids), self.completion.finish

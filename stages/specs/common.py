@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from stages.specs.base import OPERATIONAL, Config
 
 Dtype = Literal["float32", "bfloat16"]
+Reduce = Literal["min", "product", "mean", "last"]
 # Errors of these types do not repeat what was given: it may be a key.
 UNSAID = ("secret_ref", "reward_arguments")
 
@@ -109,10 +110,38 @@ class Endpoint(Config):
     )
 
 
+class ProcessArgs(Config):
+    """How the reward `process_model` finds a completion's steps, and what it makes of their scores."""
+
+    steps: str | None = Field(
+        default=None,
+        min_length=1,
+        title="Steps",
+        description="Regular expression whose match ends a step; blank pieces join the step before. When unset: what stood "
+        "between the steps that the model was trained on.",
+    )
+    reduce: Reduce = Field(
+        default="min",
+        title="Reduce",
+        description="The completion's score by those of its steps, the probabilities that they are right: min (Math-Shepherd, "
+        "arXiv 2312.08935), product (that all are right; Lightman et al., arXiv 2305.20050), mean or last.",
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _ends_something(cls, steps: str | None) -> str | None:
+        try:
+            if steps is not None and re.fullmatch(steps, ""):
+                raise ValueError(f"{steps!r} also matches an empty text, so a step would end at every character")
+        except re.error as error:
+            raise ValueError(f"{steps!r} is no regular expression: {error}") from error
+        return steps
+
+
 class RewardRef(Config):
     """A reward by name, with its arguments. Its version is identity: see `stages/rewards`."""
 
-    LEARNED: ClassVar[bool] = False
+    PORTS: ClassVar[Sequence[str]] = ()
 
     name: str = Field(title="Reward", description="A name registered in stages/rewards.")
     args: dict[str, JsonValue] = Field(default_factory=dict, title="Arguments", description="Keyword arguments of the reward.")
@@ -131,7 +160,7 @@ class RewardRef(Config):
 
         if name not in REWARDS:
             raise ValueError(f"no reward is named {name!r}; there are {', '.join(sorted(REWARDS))}")
-        if REWARDS[name].port is not None and not cls.LEARNED:
+        if (port := REWARDS[name].port) is not None and port not in cls.PORTS:
             raise ValueError(f"{name!r} is a part of a mixed reward; here a reward model is an input of the stage")
         return name
 
@@ -162,7 +191,7 @@ class RewardRef(Config):
 class WeightedReward(RewardRef):
     """One part of a mixed reward."""
 
-    LEARNED: ClassVar[bool] = True
+    PORTS: ClassVar[Sequence[str]] = ("reward_model", "safety_model", "process_model")
 
     weight: float = Field(default=1.0, title="Weight", description="Of this part in the sum; 0: it is only reported.")
     where: dict[str, str] = Field(

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, RewardRef, Sampling
+
+
+class MeasuredReward(RewardRef):
+    """A reward to report: also a process model's."""
+
+    PORTS: ClassVar[Sequence[str]] = ("process_model",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any(cls, values: Any) -> Any:
+        return dict(values) if type(values) is RewardRef else values
 
 
 class EvaluateConfig(Config):
@@ -24,8 +38,10 @@ class EvaluateConfig(Config):
         title="Verifier",
         description="The reward whose value 1 counts as correct: gives accuracy, pass@1 and pass@k.",
     )
-    rewards: list[RewardRef] = Field(
-        default_factory=list, title="Rewards", description="Further rewards to report the mean of."
+    rewards: list[MeasuredReward] = Field(
+        default_factory=list,
+        title="Rewards",
+        description="Further rewards to report the mean of; process_model reads the input of this name.",
     )
     judge: RewardRef | None = Field(
         default=None,
@@ -55,6 +71,7 @@ SPEC = StageSpec(
         "reference": Port("model", required=False),
         "opponent": Port("model", required=False),
         "reward_model": Port("model", required=False),
+        "process_model": Port("model", required=False),
     },
     outputs={"generations": "dataset"},
     headline=("accuracy", "win_rate", "reward", "rewards.*", "thinking", "kl"),

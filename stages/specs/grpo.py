@@ -186,7 +186,7 @@ class GrpoConfig(Config):
 
 SPEC = StageSpec(
     name="grpo",
-    version=1,
+    version=2,
     config=GrpoConfig,
     inputs={
         "policy": Port("model"),
@@ -194,6 +194,7 @@ SPEC = StageSpec(
         "reference": Port("model", required=False),
         "reward_model": Port("model", required=False),
         "safety_model": Port("model", required=False),
+        "process_model": Port("model", required=False),
     },
     outputs={"checkpoint": "model", "rollouts": "dataset"},
     headline=("reward", "accuracy", "kl", "length"),

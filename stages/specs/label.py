@@ -1,10 +1,11 @@
-"""`label`: preferences from samples, given by a reward, a verifier, a learned reward model, or a noisy hidden function."""
+"""`label`: preferences from samples, or labels of their steps, given by a reward, a verifier, a learned reward model, or a
+noisy hidden function."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.specs.base import OPERATIONAL, Config, Port, Runtime, StageSpec
 from stages.specs.common import Dtype, RewardRef
@@ -19,10 +20,12 @@ class LabelConfig(Config):
         title="Reward",
         description="Whose scores make the preferences; left out when a reward model is given as an input.",
     )
-    form: Literal["pairs", "rankings"] = Field(
+    form: Literal["pairs", "rankings", "steps"] = Field(
         default="pairs",
         title="Form",
-        description="pairs: chosen and rejected, with the margin; rankings: all of a prompt's completions with their ranks.",
+        description="pairs: chosen and rejected, with the margin; rankings: all of a prompt's completions with their ranks; "
+        "steps: each completion's steps, as a reward that rates steps finds them, with its scores of them from 0 to 1. Nothing "
+        'stands between these: train on them with `step_separator: ""`.',
     )
     pairs: Literal["all", "extremes"] = Field(
         default="all",
@@ -60,6 +63,14 @@ class LabelConfig(Config):
     runtime: Runtime = Field(
         default_factory=Runtime, title="Runtime", description="Use of the machine; not identity.", json_schema_extra=OPERATIONAL
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> LabelConfig:
+        if self.form == "steps" and (self.reward is None or self.noise or self.tie_within):
+            raise ValueError(
+                "form: steps needs a `reward` that rates steps, and neither noise nor tie_within, which are for comparisons"
+            )
+        return self
 
 
 SPEC = StageSpec(

@@ -75,6 +75,7 @@ SPEC = StageSpec(
         "samples": Port("dataset"),
         "reward_model": Port("model", required=False),
         "safety_model": Port("model", required=False),
+        "process_model": Port("model", required=False),
     },
     outputs={"train": "dataset", "heldout": "dataset", "prompts": "dataset"},
     headline=("rows_train", "rows_heldout", "accepted"),

@@ -1,4 +1,4 @@
-"""`reward_model`: a scalar score of a completion, learnt from pairs or rankings."""
+"""`reward_model`: a scalar score of a completion, learnt from pairs or rankings, or of its steps, from their labels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ class RewardModelConfig(Config):
         default=None, ge=1, title="Steps", description="Optimizer steps; when unset, they follow from the epochs."
     )
     batch_size: int = Field(
-        default=64, ge=1, title="Batch", description="Pairs or rankings an optimizer step, over all processes."
+        default=64,
+        ge=1,
+        title="Batch",
+        description="Rows (pairs, rankings, completions with labelled steps) an optimizer step, over all processes.",
     )
     max_length: int = Field(
         default=4096,
         ge=2,
         title="Longest sequence",
         description="Tokens of prompt and completion together; rows with a longer one are dropped and counted.",
+    )
+    step_separator: str = Field(
+        default="\n",
+        title="Step separator",
+        description='Is put between the steps of rows with step labels; "" when they hold it already, as those of `label` do.',
     )
     margin_weight: float = Field(
         default=0.0,
@@ -77,6 +85,6 @@ SPEC = StageSpec(
         "samples": Port("dataset", required=False),
     },
     outputs={"checkpoint": "model", "scores": "dataset"},
-    headline=("pair_accuracy", "heldout_loss"),
+    headline=("pair_accuracy", "step_accuracy", "heldout_loss"),
     distributed=True,
 )

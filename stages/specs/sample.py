@@ -70,6 +70,7 @@ SPEC = StageSpec(
         "prompts": Port("dataset"),
         "reward_model": Port("model", required=False),
         "safety_model": Port("model", required=False),
+        "process_model": Port("model", required=False),
     },
     outputs={"samples": "dataset"},
     headline=("samples", "reward", "length", "truncated"),

@@ -120,6 +120,31 @@ def test_a_reward_model_on_many_processes_is_that_of_one(
     assert_alike("reward_model", config, inputs, tmp_path, lengths, many)
 
 
+# With a batch of one, one rank has no row of it; of three ranks, one has no held-out row either.
+@pytest.mark.parametrize(("batch_size", "held", "many", "packed"), [(10, 11, 2, False), (1, 1, 2, True), (1, 1, 3, False)])
+def test_a_process_model_on_many_processes_is_that_of_one(
+    init_folder: Path,
+    chain_rows: list[Row],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    batch_size: int,
+    held: int,
+    many: int,
+    packed: bool,
+) -> None:
+    rows = []
+    for row in chain_rows:
+        steps = worked(row["problem"]).split(";")
+        labels = [float(place % 3 == 0) for place in range(len(steps))]
+        rows.append({"prompt": row["prompt"], "completions": steps, "labels": labels})
+    inputs = {"model": init_folder, "train": dataset(rows[:32], "train"), "heldout": dataset(rows[32 : 32 + held], "heldout")}
+    config: Row = {"steps": 6, "batch_size": batch_size, "max_length": 96, "optimizer": {"lr": 1e-2}, "bootstrap": 200}
+    measured = 6 // -(-32 // batch_size) + 1
+    lengths = {"loss": 6, "grad_norm": 6, "heldout_loss_before": 1, "heldout_loss": measured, "step_accuracy": measured}
+    config["step_separator"] = ";"
+    assert_alike("reward_model", config, inputs, tmp_path, lengths, many, runtime={"packed": packed})
+
+
 # With a batch of three in two minibatches, one rank has no completion of a minibatch.
 @pytest.mark.parametrize("batch_size", [10, 3])
 def test_ppo_on_two_processes_is_that_of_one(
