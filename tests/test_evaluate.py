@@ -176,7 +176,7 @@ def test_a_missing_column_is_refused_before_anything_is_loaded(
     reward: Any = {"name": "chain_sum"}
     chosen = CONFIG | {role: [reward] if role == "rewards" else reward}
     models = {"policy": tmp_path / "no model", "opponent": tmp_path / "no model"}
-    with pytest.raises(InputError, match=r"'chain_sum' needs the column 'problem', which the prompts"):
+    with pytest.raises(InputError, match=r"'chain_sum' needs the column 'problem', which is not in the prompts"):
         run_stage(request_for("evaluate", tmp_path / "run", chosen, prompts=rows, **models))
 
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from recipes import run_recipe
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_process_model_teaches_by_the_step(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    command = [sys.executable, "-m", "flows.cli", "run", "configs/quickstart-process.yaml", "--json", "--seed", "11"]
-    environment["POSTTRAIN_HOME"] = str(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    stages = {stage["name"]: stage["metrics"] for stage in json.loads(done.stdout)["stages"]}
+    stages = {name: stage["metrics"] for name, stage in run_recipe(tmp_path, "quickstart-process", "--seed", "11").items()}
     reward, sft, grpo = (stages[name] for name in ("reward_model", "evaluate-sft", "evaluate-grpo"))
     print({name: round(value, 3) for name, value in reward.items() if "low" not in name and "high" not in name})
     print({name: round(one["accuracy"], 3) for name, one in (("sft", sft), ("grpo", grpo))}, round(grpo["kl"], 2))
