@@ -167,6 +167,16 @@ def test_swapped_labels(pc: float, pr: float, rc: float, rr: float, smoothing: f
     torch.testing.assert_close(ours.dpo(*right, beta, 0.5), ours.dpo(*wrong, beta, 0.5), atol=1e-5, rtol=1e-5)
 
 
+def test_label_smoothing_reaches_the_losses_made_of_dpo() -> None:
+    pc, pr, rc, rr = column(-20, -23, -21, -20)
+    change = ours.dpo(pc, pr, rc, rr, 0.5, 0.2) - ours.dpo(pc, pr, rc, rr, 0.5)
+    assert change.item() == pytest.approx(0.2 * 0.5 * 4)
+    with_nll = [ours.dpo_nll(pc, pr, rc, rr, 0.5, 0.3, -pc, smoothing) for smoothing in (0.2, 0.0)]
+    by_length = [ours.length_normalised_dpo(pc, pr, rc, rr, 0.5, smoothing) for smoothing in (0.2, 0.0)]
+    for smoothed, plain in (with_nll, by_length):
+        torch.testing.assert_close(smoothed - plain, change)
+
+
 def test_names_of_arguments_are_one_vocabulary() -> None:
     """One loop calls them by name: with what each one's signature asks for."""
     vocabulary = {"pc", "pr", "rc", "rr", "nll_B", "beta", "tau", "gamma", "label_smoothing", "nll_coefficient", "discopop_tau"}
@@ -197,6 +207,7 @@ ZERO = torch.zeros(1)
         (lambda: variants.exo(ZERO, ZERO, ZERO, ZERO, 0.1, 0.0), r"must be in \(0, 0.5\], it is 0.0: its log is in the loss"),
         (lambda: variants.discopop(ZERO, ZERO, ZERO, ZERO, 0.1, 1.5), r"discopop_tau must be in \(0, 1\], it is 1.5"),
         (lambda: ours.cpo(ZERO, ZERO, 0.1, -1.0, ZERO), "nll_coefficient must not be below 0, it is -1.0"),
+        (lambda: ours.dpo_nll(ZERO, ZERO, ZERO, ZERO, 0.1, math.nan, ZERO), "nll_coefficient must not be below 0, it is nan"),
         (lambda: ours.kto(ZERO, ZERO, ZERO, 0.0, 0.0), "beta must be a number above 0"),
         (lambda: ours.kto(ZERO, ZERO, ZERO, 0.0, 0.1, 0.0), "w_desirable must be a number above 0"),
         (lambda: ours.kto(ZERO, ZERO, ZERO, 0.0, 0.1, 1.0, -1.0), "w_undesirable must be a number above 0"),
