@@ -212,6 +212,7 @@ ZERO = torch.zeros(1)
         (lambda: ours.kto(ZERO, ZERO, ZERO, 0.0, 0.1, 0.0), "w_desirable must be a number above 0"),
         (lambda: ours.kto(ZERO, ZERO, ZERO, 0.0, 0.1, 1.0, -1.0), "w_undesirable must be a number above 0"),
         (lambda: ours.kto_reference_point(ZERO, ZERO, -1.0), "beta must be a number above 0"),
+        (lambda: ours.ranked_group(ZERO, ZERO, 0.0), "beta must be a number above 0"),
         (lambda: ours.two_d_dpo(*([ZERO[None]] * 6), beta=0.0, mask_BK=ZERO[None]), "beta must be a number above 0"),
     ],
 )

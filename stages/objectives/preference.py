@@ -4,8 +4,9 @@ Legend: B pairs (KTO: completions), K segments of a completion, G completions of
 log-probs of the chosen and the rejected completions, `rc`, `rr` the reference's; `p`, `r` the two models' of a completion that
 may be either. Shape B, in nats, summed over a completion's tokens, or, where it says so, their means a token.
 
-Every loss is to be minimised and comes as losses_B, float32 whatever the inputs' type. A coefficient out of its range, such as
-beta <= 0, raises ValueError. What else TRL's DPOTrainer knows is in `preference_variants.py`.
+Every loss is to be minimised and comes as losses_B (a ranked group's as their sum), float32 whatever the inputs' type. A
+coefficient out of its range, such as beta <= 0, raises ValueError. What else TRL's DPOTrainer knows is in
+`preference_variants.py`.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def ranked_group(logp_G: torch.Tensor, ranks_G: torch.Tensor, beta: float) -> to
     `logp_G` are summed log-probs of whole completions; rank 1 is best, ties make no pair. There is no reference and no ratio:
     it is not GRPO's objective (rl4llm 82), though its source calls it so. Without an ordered pair: 0.
     """
-    margins_GG = beta * (logp_G.float()[:, None] - logp_G.float()[None, :])
+    margins_GG = _positive("beta", beta) * (logp_G.float()[:, None] - logp_G.float()[None, :])
     better_GG = ranks_G[:, None] < ranks_G[None, :]
     return torch.where(better_GG, -F.logsigmoid(margins_GG), 0.0).sum()
 
