@@ -161,7 +161,9 @@ def explain(kind: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    return f"{path}: {message}" + ("" if problem["type"] in UNSAID else f" (it is {problem['input']!r})")
+    # A whole step as it was given would bury what is wrong with it.
+    unsaid = problem["type"] in UNSAID or isinstance(problem["input"], dict)
+    return f"{path}: {message}" + ("" if unsaid else f" (it is {problem['input']!r})")
 
 
 def siblings(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:

@@ -79,7 +79,10 @@ class Pipeline:
         given = {port: source for port, source in sources.items() if source is not None}
         for port, needed in spec.inputs.items():
             if needed.required and port not in given:
-                raise InputError(f"step {name}: the stage {stage} needs the input {port}, which nothing gives it")
+                raise InputError(
+                    f"step {name}: the stage {stage} needs the input {port}, which nothing gives it; an output without rows "
+                    "counts as nothing"
+                )
         redo = name == self.from_step or any(_step_of(source) in self._redone for source in given.values())
         if redo:
             self._redone.add(name)

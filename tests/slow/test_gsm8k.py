@@ -16,7 +16,7 @@ from tasks.store import Store
 
 pytestmark = pytest.mark.slow
 STEPS = ["prompts", "evaluate-base", "zero", "evaluate-zero", "samples", "accepted", "sft", "evaluate-sft"]
-SETTINGS = ["prompts.heldout=0.2", "prompts.max_heldout=4", "prompts.filters.max_prompt_chars=400"]
+SETTINGS = ["prompts.heldout=0.3", "prompts.max_heldout=3", "prompts.filters.max_prompt_chars=1000"]
 SETTINGS += ["zero.steps=2", "zero.prompts=2", "zero.group=2", "samples.prompts=4", "sft.steps=1", "sft.generations=2"]
 SETTINGS += [f"{step}.sampling.max_new_tokens=24" for step in ("zero", "samples", "sft", "evaluate")]
 
@@ -56,4 +56,5 @@ def test_its_rollouts_tell_what_every_reward_gave(
         assert row["prompt"][0]["role"] == "system"
         parts = {name: row[f"rewards.{name}"] for name in ("math", "format", "language")}
         if None not in parts.values():
-            assert row["reward"] == pytest.approx(parts["math"] + 0.2 * parts["format"] + 0.2 * parts["language"])
+            rules = parts["math"] + 0.2 * parts["format"] + 0.2 * parts["language"]
+            assert row["reward"] == pytest.approx(rules + row["rewards.overlong"])
