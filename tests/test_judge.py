@@ -217,7 +217,7 @@ def test_some_without_an_answer_are_left_out(server: Server) -> None:
 )
 def test_a_batch_without_any_answer_stops_the_stage(server: Server, answer: Answer, reason: str) -> None:
     server.script = lambda _: answer
-    endpoint = server.endpoint(timeout=0.3, concurrency=2).model_dump()
+    endpoint = server.endpoint(timeout=0.3 if answer.after is None else 30, concurrency=2).model_dump()
     with pytest.raises(InputError, match=f"endpoint of m at http://.* without an answer.*{reason}.* Check that it runs"):
         ratings(server, *"abcdef", endpoint=endpoint)
 

@@ -154,7 +154,8 @@ def test_one_that_goes_down_stops_the_stage_which_then_goes_on(
     healthy = numbered.script
     numbered.script = lambda body: answer if last_message(body) == rows[7]["prompt"][-1]["content"] else healthy(body)
     numbered.asked.clear()
-    request = request_for("sample", tmp_path / "broken", told(numbered, endpoint={"timeout": 0.5}), prompts=prompts)
+    endpoint = {"timeout": 2 if answer.after is None else 30}
+    request = request_for("sample", tmp_path / "broken", told(numbered, endpoint=endpoint), prompts=prompts)
     with pytest.raises(InputError, match=r"the endpoint of m at http://.* start the stage again"):
         run_stage(request)
     assert [event["step"] for event in events(request.folder, "state")] == [2, 4, 6]
