@@ -67,6 +67,11 @@ POLICIES = ["base", "zero", "cold_start", "reasoning", "sft", "second", "student
 LAST = {"reasoning": "reasoning-2"}
 
 
+def test_the_second_rl_s_prompts_are_mixed_as_the_recipe_says() -> None:
+    assert planned(tiny("mixed.rows=7")).made["mixed"][1].rows == 7
+    assert planned(tiny()).made["mixed"][1].rows is None
+
+
 def test_every_step_reads_what_it_should() -> None:
     seen = planned(tiny())
     measured = {
