@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from stages.artifacts import Kind
 from stages.errors import InputError
+from stages.specs import STAGES
 from stages.specs.base import Config
 from stages.specs.common import UNSAID
 from tasks.launch import Launch
+
+
+class _Pools(Config):
+    """Work pools by stage."""
+
+    def of(self, stage: str) -> str | None:
+        """The pool that runs a stage; None: the pipeline's own process."""
+        return getattr(self, stage) or self.default
+
+
+Pools = create_model(
+    "Pools",
+    __base__=_Pools,
+    **{name: (str | None, Field(default=None, title=name, description="Work pool")) for name in ("default", *STAGES)},
+)
 
 
 class Recipe(Config):
@@ -36,6 +52,7 @@ class Recipe(Config):
         description="References by name, e.g. model: org/name, ./folder, models:/NAME/3; data: ./rows.jsonl, procedural:NAME.",
     )
     launch: Launch = Field(default_factory=Launch, title="Launch", description="How stages are started.")
+    pools: Pools = Field(default_factory=lambda: Pools(), title="Pools", description="The work pools that run the stages.")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,8 +11,10 @@ from prefect.runtime import flow_run
 
 from flows.recipe import Recipe
 from stages.artifacts import Dataset, Model
+from tasks import display
 from tasks.execute import StepResult
-from tasks.home import configure_environment
+from tasks.home import configure_environment, server
+from tasks.live import Live
 from tasks.pipeline import Pipeline, resolve_inputs
 from tasks.store import Store
 
@@ -36,7 +38,9 @@ def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> li
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
     # A missing input or an unknown step shows here, before anything is computed.
     _plan(store, recipe, steps, inputs, from_step)
-    pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, from_step=from_step)
+    if server() is not None and isinstance(display.current, display.Quiet):
+        display.current = Live()
+    pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, recipe.pools.of, from_step=from_step)
     steps(pipeline, recipe)
     return pipeline.results
 

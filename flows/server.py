@@ -1,4 +1,4 @@
-"""Servers over the local state, as children that die with this process however it dies.
+"""The servers over the local state: how they are started, and how long one waits for them.
 
 Prefect would start its API by itself, but leaves it running when the command is killed, and starts it only at the first flow.
 """
@@ -15,34 +15,61 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tasks.launch import die_with_parent
+from flows.children import spawn
+from stages.errors import InputError
 
 STARTUP_SECONDS = 120
 HOST = "127.0.0.1"
 PREFECT = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on")
+MLFLOW = ("mlflow.server.fastapi_app:app",)
 
 
-def serve(application: tuple[str, ...], port: int, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start uvicorn on loopback with these settings in its environment. One process: a worker of it would outlive it."""
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", *application, "--host", HOST, "--port", str(port), "--log-level", "error"],
-            env={**os.environ, **settings},
-            stdout=file,
-            stderr=file,
-            preexec_fn=die_with_parent,
-            # A terminal's ctrl-C goes to the whole group: the server must outlive it, to hear that the flow run was stopped.
-            process_group=0,
-        )
+def uvicorn(application: tuple[str, ...], host: str, port: int) -> list[str]:
+    """A server's command. One process: a worker of it would outlive it."""
+    return [sys.executable, "-m", "uvicorn", *application, "--host", host, "--port", str(port), "--log-level", "error"]
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a server and wait for it."""
-    child.terminate()
-    child.wait()
+def prefect_settings(root: Path, address: str) -> dict[str, str]:
+    """The environment of a Prefect server with its page."""
+    return {
+        # The page calls the address that it is told, else that of port 4200.
+        "PREFECT_API_URL": f"{address}/api",
+        # The page is copied to a place that can surely be written.
+        "PREFECT_UI_STATIC_DIRECTORY": str(root / "prefect" / "ui"),
+        # Leases live as long as the database that counts them: those in memory would be taken for ever by a restart.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
 
 
-def wait_until_answered(address: str, log: Path, child: subprocess.Popen[bytes] | None = None) -> None:
+def mlflow_settings(root: Path) -> dict[str, str]:
+    """The environment of an MLflow server that passes artifacts on. `mlflow server` would set these and start uvicorn, but as a
+    child that stays when the command is killed."""
+    database = f"sqlite:///{root / 'mlflow.db'}"
+    return {
+        "_MLFLOW_SERVER_FILE_STORE": database,
+        "_MLFLOW_SERVER_REGISTRY_STORE": database,
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": (root / "artifacts").as_uri(),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_TRACKING_URI": database,
+    }
+
+
+def refuse_taken(host: str, port: int, option: str) -> None:
+    """Raise InputError when a port cannot be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} is taken ({error.strerror}): perhaps by another `posttrain up`; stop it or give a free port "
+                f"with {option}"
+            ) from error
+
+
+def wait_until_answered(address: str, log: Path | None, child: subprocess.Popen[bytes] | None = None) -> None:
     """Wait for an address. Raises RuntimeError, with the server's log, when it does not answer in time or has ended."""
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline and (child is None or child.poll() is None):
@@ -52,7 +79,7 @@ def wait_until_answered(address: str, log: Path, child: subprocess.Popen[bytes] 
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     what = f"did not answer within {STARTUP_SECONDS} s" if child is None or child.poll() is None else "ended"
-    raise RuntimeError(f"the server of {address} {what}; {log_end(log)}")
+    raise RuntimeError(f"the server of {address} {what}" + (f"; {log_end(log)}" if log else ""))
 
 
 def log_end(log: Path) -> str:
@@ -71,9 +98,16 @@ def start_prefect_server(root: Path) -> None:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    child = serve(PREFECT, port, _prefect_log(root), {"PREFECT_UI_ENABLED": "0"})
+    log = _prefect_log(root)
+    log.unlink(missing_ok=True)
+    child = spawn(uvicorn(PREFECT, HOST, port), {"PREFECT_UI_ENABLED": "0"}, log)
     os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
-    atexit.register(stop, child)
+
+    def stop() -> None:
+        child.terminate()
+        child.wait()
+
+    atexit.register(stop)
 
 
 def wait_until_ready(root: Path) -> None:

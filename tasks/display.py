@@ -14,14 +14,18 @@ class Display(Protocol):
     """Hears of steps and their events."""
 
     def begin(self, step: str, note: str) -> None: ...
+    def note(self, step: str, note: str) -> None: ...
     def event(self, step: str, event: Event) -> None: ...
     def end(self, step: str, note: str) -> None: ...
 
 
 class Quiet:
-    """Shows nothing: for workers, whose log goes to Prefect."""
+    """Shows nothing."""
 
     def begin(self, step: str, note: str) -> None:
+        del step, note
+
+    def note(self, step: str, note: str) -> None:
         del step, note
 
     def event(self, step: str, event: Event) -> None:
@@ -53,6 +57,9 @@ class Terminal:
 
     def begin(self, step: str, note: str) -> None:
         self.bars[step] = self.progress.add_task(step, total=None, note=note)
+
+    def note(self, step: str, note: str) -> None:
+        self.progress.update(self.bars[step], note=note)
 
     def event(self, step: str, event: Event) -> None:
         if event["event"] == "progress":

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from prefect import task
 from prefect.exceptions import MissingContextError
@@ -21,16 +20,16 @@ from stages.request import InputFolder, Request
 from stages.run import Event
 from stages.specs import StageSpec
 from tasks import display
+from tasks.dispatch import dispatch
 from tasks.home import configure_environment
 from tasks.launch import launch
-from tasks.lease import lease
+from tasks.lease import Held, LeaseLostError, lease
 from tasks.plan import StepCall, examine, has_progress, unfinished_run
 from tasks.plots import rl_curves
 from tasks.preference_plots import preference_curves
 from tasks.record import Recorder
-from tasks.store import Published, Store
-
-Status = Literal["ran", "resumed", "skipped"]
+from tasks.states import States
+from tasks.store import STATUS, Published, Status, Store
 
 
 class StepResult(BaseModel):
@@ -52,7 +51,27 @@ class StepResult(BaseModel):
 
 @task(task_run_name="{call.name}", persist_result=False)
 def execute(call: StepCall) -> StepResult:
-    """Bring a step to its published outputs: skip, resume or run it."""
+    """Bring a step to its published outputs: here, or by a worker of its pool."""
+    result = bring(call) if call.pool is None else _from_pool(call, call.pool)
+    return result.model_copy(update={"task_run": task_run.id})
+
+
+def _from_pool(call: StepCall, pool: str) -> StepResult:
+    """What a worker publishes, found by its key; what is there already needs none."""
+    started, store, key = time.monotonic(), Store(configure_environment()), call.key()
+    display.current.begin(call.name, "")
+    plan = examine(store, call)
+    if plan.action != "skip":
+        dispatch(call, key, pool)
+    published, damage = store.find(key)
+    if published is None:
+        raise RuntimeError(f"{call.name}: its flow run on the pool {pool} ended well, yet nothing is published ({damage})")
+    ours = plan.action != "skip" and published.pipeline == call.pipeline
+    return _result(store, call, published, published.status if ours else "skipped", plan.reason, started)
+
+
+def bring(call: StepCall) -> StepResult:
+    """Skip, resume or run a step in this process, or in children of it."""
     started = time.monotonic()
     root = configure_environment()
     store, key = Store(root), call.key()
@@ -61,27 +80,30 @@ def execute(call: StepCall) -> StepResult:
     def waiting(owner: str) -> None:
         _say(f"{call.name}: another process computes the same right now; waiting for it ({owner})")
 
-    with lease(root / "leases", key, waiting):
+    with lease(root / "leases", key, waiting) as held:
         plan = examine(store, call, lease_is_ours=True)
-        status: Status = "skipped" if plan.action == "skip" else _compute(store, call, key)
+        status: Status = "skipped" if plan.action == "skip" else _compute(store, call, key, held)
         published, damage = store.find(key)
     if published is None:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
+    return _result(store, call, published, status, plan.reason, started)
+
+
+def _result(store: Store, call: StepCall, published: Published, status: Status, reason: str, started: float) -> StepResult:
     plot = _plot(store, published) if "checkpoint" in published.outputs else None
     seconds = round(time.monotonic() - started, 2)
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
-    _say(f"{call.name}: {status} in {seconds:.1f} s ({plan.reason}) -> {', '.join(map(str, published.outputs.values()))}")
+    _say(f"{call.name}: {status} in {seconds:.1f} s ({reason}) -> {', '.join(map(str, published.outputs.values()))}")
     return StepResult(
         name=call.name,
         stage=call.stage,
         status=status,
         seconds=seconds,
-        reason=plan.reason,
+        reason=reason,
         run_id=published.run_id,
         metrics=published.metrics,
         artifacts=published.outputs,
         plot=None if plot is None else str(plot),
-        task_run=task_run.id,
     )
 
 
@@ -97,7 +119,7 @@ def _plot(store: Store, published: Published) -> Path | None:
     return None
 
 
-def _compute(store: Store, call: StepCall, key: str) -> Status:
+def _compute(store: Store, call: StepCall, key: str, held: Held) -> Status:
     """Run the stage in its MLflow run's folder, or go on with an unfinished run of the same key; then publish."""
     unfinished = unfinished_run(store, call)
     if unfinished is None:
@@ -108,20 +130,29 @@ def _compute(store: Store, call: StepCall, key: str) -> Status:
         store.reopen(run_id)
     status: Status = "resumed" if has_progress(store, run_id) else "ran"
     folder = store.root / "runs" / run_id
-    recorder = Recorder(store, run_id)
+    recorder, states = Recorder(store, run_id), States(store, run_id, folder)
 
     def listener(event: Event) -> None:
         recorder(event)
+        if event["event"] == "state":
+            states.send()
         display.current.event(call.name, event)
 
     try:
         # A folder that says it is done belongs to a try that was killed while it published.
         if not (folder / "outputs.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            states.fetch()
             launch(_request(store, call, key, folder), call.launch, listener)
         recorder.flush()
         made = made_outputs(folder, call.spec())
+        held.check()
+        store.client.set_tag(run_id, STATUS, status)
         store.publish(run_id, folder, made, {output: call.registered_name(output) for output in made}, call.inputs)
+        states.forget()
+    except LeaseLostError:
+        # The run may be another's by now.
+        raise
     except BaseException as error:
         recorder.flush()
         store.fail(run_id)

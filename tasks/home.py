@@ -1,15 +1,18 @@
-"""Where state lives, and the environment that the servers' libraries must see before they are imported."""
+"""Where state lives, which servers keep it, and the environment that their libraries must see before they are imported."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # With the libraries' defaults a server that is down blocks each call for four minutes.
+    # With the library's defaults a server that is down blocks each call for four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -17,6 +20,8 @@ DEFAULTS = {
     # Deterministic matrix products on CUDA (contract 16).
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
+# MLflow's server takes half a minute to start again, and a training run had better wait for it than die: two minutes in all.
+PATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "6", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2"}
 
 
 def home() -> Path:
@@ -24,16 +29,52 @@ def home() -> Path:
     return Path(os.environ.get("POSTTRAIN_HOME", ".posttrain")).absolute()
 
 
+def server() -> str | None:
+    """The address of the MLflow server that keeps runs and artifacts; None for the files under the state folder."""
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return address if address.startswith(("http://", "https://")) else None
+
+
 def configure_environment() -> Path:
-    """Create the state folder and set what Prefect, MLflow and torch read from the environment; what is set already stays."""
+    """Create the state folder and set what Prefect, MLflow and torch read from the environment; what is set already stays.
+
+    When `posttrain up` runs over this state, its servers are used.
+    """
     root = home()
-    for name in ("artifacts", "runs", "leases", "prefect"):
+    for name in ("artifacts", "runs", "leases", "prefect", "cache"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    found = None if server() or os.environ.get("PREFECT_API_URL") else is_up(root)
+    if found is not None:
+        use_servers(found["prefect"], found["mlflow"], root / "artifacts")
     places = {
         "POSTTRAIN_HOME": str(root),
         "PREFECT_HOME": str(root / "prefect"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}",
     }
-    for name, value in {**DEFAULTS, **places}.items():
+    for name, value in {**DEFAULTS, **(PATIENT if server() else {}), **places}.items():
         os.environ.setdefault(name, value)
     return root
+
+
+def use_servers(prefect: str, mlflow: str, artifacts: Path | None) -> None:
+    """Have this process and its children use these servers; `artifacts` is where their files lie, when on this machine."""
+    os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow, **PATIENT}
+    if artifacts is not None:
+        os.environ["POSTTRAIN_ARTIFACTS"] = str(artifacts)
+
+
+def is_up(root: Path) -> dict[str, Any] | None:
+    """Process and addresses of the `posttrain up` that runs over a state folder."""
+    lock, record = root / "up.lock", root / "up.json"
+    if not lock.is_file() or not record.is_file():
+        return None
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                return json.loads(record.read_text())
+            except (FileNotFoundError, json.JSONDecodeError):
+                # It is just starting or ending.
+                return None
+    return None

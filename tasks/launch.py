@@ -38,6 +38,9 @@ class Launch(Config):
     retries: int = Field(
         default=0, ge=0, title="Retries", description="How often Prefect retries a step that failed; it resumes from its state."
     )
+    worker_timeout: int = Field(
+        default=600, ge=1, title="Wait for a worker", description="Seconds that a step waits for a work pool to have a worker."
+    )
 
 
 def launch(request: Request, how: Launch, listener: Listener) -> None:

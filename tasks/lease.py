@@ -1,4 +1,9 @@
-"""One owner a key at a time: an operating-system lock, which two processes cannot both hold and which dies with its holder."""
+"""One owner a key at a time.
+
+Here: an operating-system lock, which two processes cannot both hold and which dies with its holder. With a server, also a
+leased concurrency limit of Prefect's, so that processes of several machines exclude each other: it is renewed while its block
+runs, and one whose holder is gone is free again about a minute later. `Held.check` says whether it is still ours.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,57 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from httpx import HTTPError, HTTPStatusError
+
+from tasks.home import server
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 POLL_SECONDS = 0.5
+# Prefect grants no shorter lease.
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 15.0
+
+Waiting = Callable[[str], None]
+
+
+class LeaseLostError(RuntimeError):
+    """Somebody else may compute the same by now."""
+
+
+class Held:
+    """A lease that is held."""
+
+    def check(self) -> None:
+        """Raise LeaseLostError when the lease is not ours any more. A lock of this machine cannot be lost."""
 
 
 @contextmanager
-def lease(folder: Path, key: str, waiting: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def lease(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator[Held]:
     """Hold the key's lease for the length of the block, waiting for another owner to end.
 
-    `waiting` is told once who the owner is. The lock file records process, host and start, for people to see.
+    `waiting` is told once who the owner is.
     """
-    path = folder / f"{key[:32]}.lock"
+    with ExitStack() as stack:
+        stack.enter_context(lock(folder, key, waiting))
+        yield stack.enter_context(_served(key, waiting)) if server() else Held()
+
+
+@contextmanager
+def lock(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator[None]:
+    """The same among the processes of this machine alone. The lock file records process, host and start, for people to see."""
+    path = _path(folder, key)
     with path.open("a+") as file:
         told = False
         while not _acquire(file.fileno()):
@@ -42,14 +82,17 @@ def lease(folder: Path, key: str, waiting: Callable[[str], None] = lambda _: Non
 
 def held(folder: Path, key: str) -> bool:
     """Whether another process holds the key's lease right now."""
-    path = folder / f"{key[:32]}.lock"
-    if not path.is_file():
-        return False
-    with path.open("a+") as file:
-        free = _acquire(file.fileno())
-        if free:
+    path = _path(folder, key)
+    if path.is_file():
+        with path.open("a+") as file:
+            if not _acquire(file.fileno()):
+                return True
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-        return not free
+    return server() is not None and _taken(key)
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{key[:32]}.lock"
 
 
 def _acquire(descriptor: int) -> bool:
@@ -58,3 +101,97 @@ def _acquire(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class _Renewed(Held):
+    """A lease on the server that a thread renews."""
+
+    def __init__(self, lease_id: UUID) -> None:
+        self.lease_id = lease_id
+        self._until = time.monotonic() + LEASE_SECONDS
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease {lease_id}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        if time.monotonic() > self._until and not self._renew():
+            raise LeaseLostError(
+                f"the lease {self.lease_id} could not be renewed in time: another run may compute the same by now. "
+                "Run the step again: what is published already is found"
+            )
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join(RENEW_SECONDS)
+        # What cannot be given back now ends by itself; what was computed under it is published already.
+        with suppress(HTTPError), _client() as client:
+            client.release_concurrency_slots_with_lease(self.lease_id)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(RENEW_SECONDS):
+            self._renew()
+
+    def _renew(self) -> bool:
+        """Whether the server still has the lease. While it cannot be asked the lease lives until its time is over."""
+        asked = time.monotonic()
+        try:
+            with _client() as client:
+                client.renew_concurrency_lease(self.lease_id, LEASE_SECONDS)
+        except HTTPError:
+            return False
+        self._until = asked + LEASE_SECONDS
+        return True
+
+
+@contextmanager
+def _served(key: str, waiting: Waiting) -> Iterator[Held]:
+    granted, told = _granted(key), False
+    while granted is None:
+        if not told:
+            waiting("a run of another machine, or one that was killed within the last minute")
+            told = True
+        time.sleep(POLL_SECONDS * 4)
+        granted = _granted(key)
+    renewed = _Renewed(granted)
+    try:
+        yield renewed
+    finally:
+        renewed.end()
+
+
+def _limit(key: str) -> str:
+    return f"posttrain-{key[:32]}"
+
+
+def _granted(key: str) -> UUID | None:
+    """A lease, or None while somebody else has it."""
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with _client() as client:
+        # A limit that does not exist lets everybody through.
+        with suppress(ObjectAlreadyExists):
+            client.upsert_global_concurrency_limit_by_name(_limit(key), 1)
+        try:
+            answer = client.increment_concurrency_slots_with_lease([_limit(key)], 1, "concurrency", LEASE_SECONDS)
+        except HTTPStatusError as error:
+            if error.response.status_code == HTTPStatus.LOCKED:
+                return None
+            raise
+    return UUID(answer.json()["lease_id"])
+
+
+def _taken(key: str) -> bool:
+    from prefect.exceptions import ObjectNotFound
+
+    with _client() as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(_limit(key)).active_slots > 0
+        except ObjectNotFound:
+            return False
+
+
+def _client() -> SyncPrefectClient:
+    # Prefect takes most of a second to import, and reads the environment then.
+    from prefect import get_client
+
+    return get_client(sync_client=True)

@@ -7,7 +7,7 @@ step that would run are `Pending`, and what depends on them would run too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 from uuid import UUID
@@ -58,6 +58,7 @@ class Pipeline:
     inputs: Mapping[str, Dataset | Model]
     pipeline_id: str
     launch: Launch = field(default_factory=Launch)
+    pool_of: Callable[[str], str | None] = lambda _: None
     only_plan: bool = False
     from_step: str | None = None
     results: list[StepResult] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Pipeline:
             inputs={port: source for port, source in given.items() if not isinstance(source, Pending)},
             pipeline=self.pipeline_id,
             launch=self.launch,
+            pool=self.pool_of(stage),
             recompute=redo,
         )
         if self.only_plan:

@@ -11,6 +11,7 @@ from stages.artifacts import Handle
 from stages.specs import STAGES, Config, StageSpec
 from tasks.launch import Launch
 from tasks.lease import held
+from tasks.states import kept
 from tasks.store import OUTPUTS, PIPELINE, Store
 
 
@@ -26,6 +27,7 @@ class StepCall(BaseModel):
     inputs: dict[str, Handle]
     pipeline: str
     launch: Launch = Launch()
+    pool: str | None = None
     recompute: bool = False
 
     def spec(self) -> StageSpec:
@@ -86,7 +88,7 @@ def unfinished_run(store: Store, call: StepCall) -> Run | None:
 def has_progress(store: Store, run_id: str) -> bool:
     """Whether an unfinished run left something to go on from: a saved state, or outputs that only lack publishing."""
     folder = store.root / "runs" / run_id
-    return any((folder / "state").glob("step-*")) or (folder / "outputs.json").is_file()
+    return any((folder / "state").glob("step-*")) or (folder / "outputs.json").is_file() or kept(store, run_id)
 
 
 def difference(store: Store, call: StepCall) -> str:

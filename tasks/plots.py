@@ -54,7 +54,7 @@ def keep(store: Store, run_id: str, figure: Any, path: Path) -> Path:
     draft = path.parent / f".draft-{run_id}" / path.name
     draft.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(draft))
-    store.client.log_artifact(run_id, str(draft), "plots")
+    store.write(run_id, f"plots/{path.name}", draft.read_bytes())
     draft.replace(path)
     draft.parent.rmdir()
     return path

@@ -23,7 +23,7 @@ class Recorder:
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
-        self._client, self._run_id = store.client, run_id
+        self._store, self._client, self._run_id = store, store.client, run_id
         self._waiting: list[Metric] = []
         self._flushed = time.monotonic()
         known = self._client.get_run(run_id).data.metrics
@@ -38,7 +38,7 @@ class Recorder:
             if len(self._waiting) >= BATCH or time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self.flush()
         elif event["event"] == "table":
-            self._client.log_dict(self._run_id, _split(event["rows"]), f"tables/{event['name'].replace(' ', '_')}.json")
+            self._store.write(self._run_id, f"tables/{event['name'].replace(' ', '_')}.json", _split(event["rows"]))
 
     def flush(self) -> None:
         """Write what is waiting."""

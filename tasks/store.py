@@ -6,7 +6,11 @@ A step's MLflow run carries the tags
     posttrain.outputs    the handles it made: set last, by one call; without it the run does not count
 
 Datasets are folders of the run's artifacts, models are logged models; both are registered, so that MLflow numbers their
-versions. Publishing moves a folder into place and copies nothing. Manifests lie beside the outputs, as `manifests/NAME.json`.
+versions. Manifests lie beside the outputs, as `manifests/NAME.json`.
+
+MLflow is a SQLite file and a folder under the state folder, unless MLFLOW_TRACKING_URI is the address of a server. Where the
+server's files lie on this machine, $POSTTRAIN_ARTIFACTS says so. Publishing then moves a folder into place and copies nothing;
+elsewhere files go and come through the server.
 """
 
 from __future__ import annotations
@@ -14,13 +18,12 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import shutil
+import os
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from typing import Any, Literal
 
 import mlflow
 from mlflow import MlflowClient
@@ -30,32 +33,38 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_VERSIONS
 
-from stages.artifacts import Dataset, Kind, Manifest, Model, check, handle, read_manifest
+from stages.artifacts import Dataset, Kind, Manifest, Model, handle, read_manifest
 from stages.data.parquet import count_rows, read_schema
 from stages.errors import InputError
+from tasks.files import SCHEME, Files, Folder, Served
+from tasks.home import server
 from tasks.provenance import provenance
 
 OUTPUTS, PIPELINE = "posttrain.outputs", "posttrain.pipeline"
+STATUS = "posttrain.status"
 MODEL_ID = "posttrain.model."
 OURS = "posttrain.experiment"
+
+Status = Literal["ran", "resumed", "skipped"]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A complete run: its id, the pipeline that ran it, what it made, its last metrics."""
+    """A complete run: its id, the pipeline that ran it, whether it was resumed, what it made, its last metrics."""
 
     run_id: str
     pipeline: str
+    status: Status
     outputs: dict[str, Dataset | Model]
     metrics: dict[str, float]
 
 
 class Store:
-    """MLflow over SQLite under the state folder."""
+    """MLflow over SQLite under the state folder, or behind a server."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        uri = f"sqlite:///{root / 'mlflow.db'}"
+        self.root, address = root, server()
+        uri = address or f"sqlite:///{root / 'mlflow.db'}"
         # MLflow's registry makes clients of its own, which know only the global addresses.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
@@ -65,8 +74,11 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             self.client.search_experiments(max_results=1)
-            with sqlite3.connect(root / "mlflow.db") as database:
-                database.execute("PRAGMA journal_mode=WAL")
+            if address is None:
+                with sqlite3.connect(root / "mlflow.db") as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+        here = os.environ.get("POSTTRAIN_ARTIFACTS") if address else str(root / "artifacts")
+        self.files: Files = Folder(Path(here)) if here else Served(root / "cache", uri)
 
     # Runs
 
@@ -75,11 +87,14 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
-        with (self.root / "mlflow.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return self.client.create_experiment(name, f"{SCHEME}:/{name}", tags={OURS: "1"})
+        except MlflowException:
+            # Another process was faster.
             found = self.client.get_experiment_by_name(name)
-            location = (self.root / "artifacts" / name).as_uri()
-            return found.experiment_id if found else self.client.create_experiment(name, location, tags={OURS: "1"})
+            if found is None:
+                raise
+            return found.experiment_id
 
     def runs(self, **tags: str) -> list[Run]:
         """Our runs with these tags (`key=...`, `step=...`), the newest first, in any recipe's experiment."""
@@ -112,7 +127,7 @@ class Store:
         ours = {f"posttrain.{tag}": value for tag, value in tags.items()}
         run = self.client.create_run(self.experiment(experiment), run_name=name, tags=provenance() | ours)
         run_id = run.info.run_id
-        self.client.log_dict(run_id, identity, "identity.json")
+        self.write(run_id, "identity.json", identity)
         flat = [Param(key, str(value)[:6000]) for key, value in _flatten(identity["config"])]
         self.client.log_batch(run_id, params=flat)
         return run_id
@@ -127,13 +142,19 @@ class Store:
 
     def identity(self, run: Run) -> dict[str, Any] | None:
         """The identity that a run recorded, or None when it did not get so far."""
-        path = _local(run.info.artifact_uri) / "identity.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        content = self.files.read(_address(run), "identity.json")
+        return json.loads(content) if content else None
 
     def inputs(self, run: Run) -> dict[str, Dataset | Model] | None:
         """What a run was made from, by port, or None when it did not record it."""
-        path = _local(run.info.artifact_uri) / "inputs.json"
-        return _handles(json.loads(path.read_text())) if path.is_file() else None
+        content = self.files.read(_address(run), "inputs.json")
+        return _handles(json.loads(content)) if content else None
+
+    def write(self, run_id: str, path: str, content: Any) -> None:
+        """Put a small file among a run's artifacts: bytes, or a value as JSON."""
+        if not isinstance(content, bytes):
+            content = json.dumps(content, indent=2).encode()
+        self.files.write(_address(self.client.get_run(run_id)), path, content)
 
     # Publishing
 
@@ -150,14 +171,15 @@ class Store:
         May be called again after a crash at any point: what was moved is adopted, what was registered is found.
         """
         outputs: dict[str, Dataset | Model] = {}
+        run = self.client.get_run(run_id)
         for output, kind in made.items():
-            place = self._place(run_id, output, kind, names[output])
-            manifest = self._settle(run_id, output, kind, folder / "outputs" / output, place)
+            place = self._place(run, output, kind, names[output])
+            manifest = self._settle(run, output, kind, folder / "outputs" / output, place)
             version = self._register(run_id, names[output], output, kind, manifest.digest)
             uri = f"runs:/{run_id}/{output}" if kind == "dataset" else f"models:/{self._model_id(run_id, output)}"
             outputs[output] = handle(kind, name=names[output], version=str(version.version), digest=manifest.digest, uri=uri)
         self._link(run_id, inputs, outputs.values())
-        self.client.log_dict(run_id, {name: given.model_dump() for name, given in inputs.items()}, "inputs.json")
+        self.write(run_id, "inputs.json", {name: given.model_dump() for name, given in inputs.items()})
         text = json.dumps({name: made.model_dump() for name, made in outputs.items()})
         self.client.log_batch(run_id, tags=[RunTag(OUTPUTS, text)])
         self.client.set_terminated(run_id)
@@ -176,35 +198,28 @@ class Store:
         if ids_out:
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0) for model_id in sorted(ids_out)])
 
-    def _place(self, run_id: str, output: str, kind: Kind, name: str) -> Path:
+    def _place(self, run: Run, output: str, kind: Kind, name: str) -> str:
+        """The address that an output gets."""
         if kind == "dataset":
-            return _local(self.client.get_run(run_id).info.artifact_uri) / output
-        model_id = self._model_id(run_id, output)
+            return f"{_address(run)}/{output}"
+        model_id = self._model_id(run.info.run_id, output)
         if model_id is None:
-            run = self.client.get_run(run_id)
-            model = self.client.create_logged_model(run.info.experiment_id, name, run_id, params=run.data.params)
+            model = self.client.create_logged_model(run.info.experiment_id, name, run.info.run_id, params=run.data.params)
             model_id = model.model_id
-            self.client.set_tag(run_id, MODEL_ID + output, model_id)
-        return _local(self.client.get_logged_model(model_id).artifact_location)
+            self.client.set_tag(run.info.run_id, MODEL_ID + output, model_id)
+        return str(self.client.get_logged_model(model_id).artifact_location)
 
     def _model_id(self, run_id: str, output: str) -> str | None:
         return self.client.get_run(run_id).data.tags.get(MODEL_ID + output)
 
-    def _settle(self, run_id: str, output: str, kind: Kind, source: Path, place: Path) -> Manifest:
-        """Move an output into its place, once; return its manifest."""
-        manifests = _local(self.client.get_run(run_id).info.artifact_uri) / "manifests"
-        manifests.mkdir(parents=True, exist_ok=True)
-        record = manifests / f"{output}.json"
+    def _settle(self, run: Run, output: str, kind: Kind, source: Path, place: str) -> Manifest:
+        """Give an output its place, once; return its manifest."""
         if source.is_dir():
             manifest = _described(read_manifest(source, kind), source)
-            draft = record.with_suffix(".draft")
-            draft.write_text(manifest.model_dump_json(indent=1))
-            draft.replace(record)
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(source, place)
-        manifest = Manifest.model_validate_json(record.read_text())
-        if problems := check(place, manifest):
+            self.files.write(_address(run), f"manifests/{output}.json", manifest.model_dump_json(indent=1).encode())
+            self.files.settle(source, place)
+        manifest = self.manifest(run, output)
+        if problems := self.files.problems(place, manifest):
             raise InputError(f"{place}: damaged while it was published: {problems[0]}; run the step again with --from")
         return manifest
 
@@ -233,25 +248,43 @@ class Store:
     # Reading
 
     def locate(self, given: Dataset | Model) -> Path:
-        """The local folder of an artifact."""
+        """A local folder with an artifact's files. Raises InputError when its files cannot be found as they were published."""
+        run, output = self.maker(given)
+        return self.files.locate(self._address_of(given, run), self.manifest(run, output))
+
+    def maker(self, given: Dataset | Model) -> tuple[Run, str]:
+        """The run that made an artifact, and the name of this output of it."""
         if given.uri.startswith("runs:/"):
-            run_id, _, path = given.uri.removeprefix("runs:/").partition("/")
-            return _local(self.client.get_run(run_id).info.artifact_uri) / path
-        return _local(self.client.get_logged_model(given.uri.removeprefix("models:/")).artifact_location)
+            run_id, _, output = given.uri.removeprefix("runs:/").partition("/")
+            return self.client.get_run(run_id), output
+        model_id = given.uri.removeprefix("models:/")
+        run = self.client.get_run(str(self.client.get_logged_model(model_id).source_run_id))
+        output = next(name for name, found in run.data.tags.items() if name.startswith(MODEL_ID) and found == model_id)
+        return run, output.removeprefix(MODEL_ID)
+
+    def _address_of(self, given: Dataset | Model, run: Run) -> str:
+        if given.uri.startswith("runs:/"):
+            return f"{_address(run)}/{given.uri.removeprefix('runs:/').partition('/')[2]}"
+        return str(self.client.get_logged_model(given.uri.removeprefix("models:/")).artifact_location)
 
     def manifest(self, run: Run, output: str) -> Manifest:
         """What a run published as an output."""
-        path = _local(run.info.artifact_uri) / "manifests" / f"{output}.json"
-        if not path.is_file():
+        content = self.files.read(_address(run), f"manifests/{output}.json")
+        if content is None:
             raise InputError(f"run {run.info.run_id}: its manifest of {output} is gone; run the step again with --from")
-        return Manifest.model_validate_json(path.read_text())
+        return Manifest.model_validate_json(content)
 
     def problems(self, made: Dataset | Model, run: Run, output: str, full: bool = False) -> list[str]:
         """What is wrong with a published artifact, in words."""
         try:
-            return [f"{made}: {text}" for text in check(self.locate(made), self.manifest(run, output), full)]
+            address, manifest = self._address_of(made, run), self.manifest(run, output)
+            return [f"{made}: {text}" for text in self.files.problems(address, manifest, full)]
         except InputError as error:
             return [str(error)]
+
+
+def _address(run: Run) -> str:
+    return str(run.info.artifact_uri)
 
 
 def _dataset_input(port: str, given: Dataset) -> DatasetInput:
@@ -273,7 +306,9 @@ def _described(manifest: Manifest, folder: Path) -> Manifest:
 def published(run: Run) -> Published:
     """What a complete run made."""
     outputs = _handles(json.loads(run.data.tags[OUTPUTS]))
-    return Published(run.info.run_id, run.data.tags.get(PIPELINE, ""), outputs, dict(run.data.metrics))
+    tags = run.data.tags
+    status: Status = "resumed" if tags.get(STATUS) == "resumed" else "ran"
+    return Published(run.info.run_id, tags.get(PIPELINE, ""), status, outputs, dict(run.data.metrics))
 
 
 def _handles(described: dict[str, dict[str, Any]]) -> dict[str, Dataset | Model]:
@@ -285,10 +320,3 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, item in value.items():
         flat += _flatten(item, f"{prefix}{name}.") if isinstance(item, dict) else [(prefix + name, item)]
     return flat
-
-
-def _local(uri: str | None) -> Path:
-    parsed = urlparse(uri or "")
-    if parsed.scheme not in ("", "file"):
-        raise InputError(f"{uri}: only a local artifact store can be used from here")
-    return Path(unquote(parsed.path))

@@ -194,7 +194,7 @@ def test_what_is_gone_or_damaged_is_said(tmp_path: Path) -> None:
     assert problems() == {"r-data-heldout/1": ["data.parquet is missing"]}
 
     sft = store.runs(step="sft")[0]
-    artifacts = Path(str(sft.info.artifact_uri).removeprefix("file://"))
+    artifacts = store.root / "artifacts" / str(sft.info.artifact_uri).removeprefix("mlflow-artifacts:/")
     (artifacts / "identity.json").unlink()
     shutil.rmtree(artifacts / "manifests")
     found = problems()["r-sft/1"]

@@ -32,7 +32,8 @@ def run_with(store: Store, **metrics: dict[int, float]) -> str:
 
 
 def artifacts(store: Store, run_id: str) -> list[str]:
-    return [file.path for file in store.client.list_artifacts(run_id, "plots")]
+    folder = store.root / "artifacts" / "r" / run_id / "artifacts"
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.glob("plots/*"))]
 
 
 def beside(store: Store, run_id: str, name: str) -> Path:

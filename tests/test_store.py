@@ -92,7 +92,7 @@ CALLS = (
     "create_registered_model",
     "create_model_version",
     "log_outputs",
-    "log_dict",
+    "write",
     "set_terminated",
 )
 
@@ -100,9 +100,10 @@ CALLS = (
 @pytest.mark.parametrize("method", CALLS)
 @pytest.mark.parametrize("before", [True, False])
 def test_publishing_again_after_a_crash(store: Store, method: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies at each call to MLflow, before or after it; the next try ends with one version of each output."""
+    """The process dies at each call to MLflow and each write, before or after it; the next try ends with one version each."""
     run_id, folder = begun(store), finished_folder(store.root)
-    original = getattr(store.client, method)
+    owner = store.files if method == "write" else store.client
+    original = getattr(owner, method)
 
     def die(*args: Any, **kwargs: Any) -> None:
         if not before:
@@ -110,7 +111,7 @@ def test_publishing_again_after_a_crash(store: Store, method: str, before: bool,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store.client, method, die)
+        patched.setattr(owner, method, die)
         with pytest.raises(KeyboardInterrupt):
             publish(store, run_id, folder)
     # Only what comes after the complete tag may be missing from a run that is found.
@@ -129,7 +130,7 @@ def test_crash_at_the_move(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tasks.store.shutil.move", die)
+        patched.setattr("tasks.files.shutil.move", die)
         with pytest.raises(KeyboardInterrupt):
             publish(store, run_id, folder)
     assert store.find("k") == (None, None)

@@ -1,0 +1,168 @@
+"""`posttrain up`: servers and workers over the state folder, until ctrl-C or `posttrain down`.
+
+    .posttrain/up.json          who is up, and where: commands over the same state then use its servers
+               up.lock          held while it is
+               logs/NAME.log
+
+On another machine `posttrain up --workers gpu` with the addresses of both servers adds a worker, which shares no disk with
+them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.children import Child, keep_alive, until_stopped
+from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
+from stages.errors import InputError
+from tasks.home import is_up, use_servers
+
+CONTROL = "control"
+POOLS = {
+    CONTROL: "Pipelines. They wait for their steps, which run on the other pools or within them.",
+    "cpu": "Steps that need no GPU.",
+    "gpu": "Steps that need a GPU: one worker a set of GPUs, one step at a time each.",
+}
+WORKER = {
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    # Without it nobody tells of a flow run whose process and worker are both gone.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
+DOWN_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Up:
+    """What to bring up: `servers` here at these ports, or those at addresses that are given; workers of these pools."""
+
+    host: str = "127.0.0.1"
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    prefect: str | None = None
+    mlflow: str | None = None
+    pools: Sequence[str] = ()
+    gpus: Sequence[str] | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether the servers are somebody else's."""
+        return self.prefect is not None
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Prefect's and MLflow's."""
+        here = (f"http://{self.host}:{self.prefect_port}", f"http://{self.host}:{self.mlflow_port}")
+        return (self.prefect or here[0], self.mlflow or here[1])
+
+
+def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
+    """Bring all of it up, say where, keep it alive until a signal, and stop it: workers first.
+
+    Raises InputError when a port is taken or somebody is up over this state already, RuntimeError when a server does not start.
+    """
+    prefect, mlflow = asked.addresses
+    with only_one(root) as record, until_stopped(), ExitStack() as stack:
+        servers = [] if asked.joins else _servers(root, asked)
+        _start(stack, servers)
+        for address, child in zip((f"{prefect}/api/health", f"{mlflow}/health"), servers or (None, None), strict=True):
+            wait_until_answered(address, child.log if child else None, child.process if child else None)
+        use_servers(prefect, mlflow, None if asked.joins else root / "artifacts")
+        if not asked.joins:
+            draft = record.with_suffix(".draft")
+            draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow}))
+            draft.replace(record)
+        if asked.pools and not asked.joins:
+            from flows.deploy import deploy
+
+            deploy(Path.cwd())
+        workers = _workers(root, asked)
+        _start(stack, workers)
+        say(f"Prefect, what runs and ran:     {prefect}")
+        say(f"MLflow, what was made:          {mlflow}")
+        say(f"  every checkpoint and dataset: {mlflow}/#/models")
+        if workers:
+            say(f"workers: {', '.join(worker.name for worker in workers)}")
+        say("ctrl-C or `posttrain down` stops it all")
+        keep_alive([*servers, *workers], say)
+
+
+def down(root: Path) -> bool:
+    """Stop what is up over this state and wait for its end; False when nothing is."""
+    found = is_up(root)
+    if found is None:
+        return False
+    os.kill(found["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + DOWN_SECONDS
+    while is_up(root) is not None:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"process {found['pid']} has not ended within {DOWN_SECONDS:.0f} s; its logs are in {root / 'logs'}"
+            )
+        time.sleep(0.2)
+    return True
+
+
+@contextmanager
+def only_one(root: Path) -> Iterator[Path]:
+    """The record of who is up, for the length of the block. Raises InputError when somebody is, over the same state."""
+    with (root / "up.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{root}: servers or workers are up here already; `posttrain down` stops them") from None
+        try:
+            yield root / "up.json"
+        finally:
+            (root / "up.json").unlink(missing_ok=True)
+
+
+def gpu_sets() -> list[str]:
+    """One set for each GPU of this machine; an empty one where there is no GPU."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return [""]
+    return [str(number) for number, _ in enumerate(done.stdout.splitlines())] or [""]
+
+
+def _start(stack: ExitStack, children: Sequence[Child]) -> None:
+    for child in children:
+        child.start()
+        stack.callback(child.stop)
+
+
+def _servers(root: Path, asked: Up) -> list[Child]:
+    refuse_taken(asked.host, asked.prefect_port, "--prefect-port")
+    refuse_taken(asked.host, asked.mlflow_port, "--mlflow-port")
+    prefect, mlflow = (
+        uvicorn(application, asked.host, port)
+        for application, port in ((PREFECT, asked.prefect_port), (MLFLOW, asked.mlflow_port))
+    )
+    return [
+        Child("the Prefect server", prefect, prefect_settings(root, asked.addresses[0]), root / "logs" / "prefect.log"),
+        Child("the MLflow server", mlflow, mlflow_settings(root), root / "logs" / "mlflow.log"),
+    ]
+
+
+def _workers(root: Path, asked: Up) -> list[Child]:
+    """One worker a pool; of `gpu` one a set of GPUs, which takes one step at a time."""
+    made = []
+    for pool in asked.pools:
+        sets = (gpu_sets() if asked.gpus is None else asked.gpus) if pool == "gpu" else [None]
+        for number, devices in enumerate(sets):
+            name = f"{socket.gethostname()}-{pool}" + (f"-{number}" if number else "")
+            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+            settings = WORKER if devices is None else {**WORKER, "CUDA_VISIBLE_DEVICES": devices}
+            made.append(Child(name, command + ["--limit", "1"] * (pool == "gpu"), settings, root / "logs" / f"{name}.log"))
+    return made

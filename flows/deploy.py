@@ -1,0 +1,152 @@
+"""Work pools, deployments and automations on a Prefect server. Doing it again changes nothing.
+
+    control     pipelines: they wait for their steps, so that a waiting one never holds a slot that its own step needs
+    cpu, gpu    steps, as `tasks.dispatch` sends them: the deployments step/cpu and step/gpu
+
+Every flow and every single stage is a deployment of its own name on `control`: its form in Prefect's page starts it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, get_client
+from prefect.automations import Automation
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import ChangeFlowRunState, EventTrigger, Posture
+from prefect.events.actions import ActionTypes
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.schedules import Schedule
+from prefect.types.entrypoint import EntrypointType
+from prefect.workers.process import ProcessWorker
+
+from flows.cli import PIPELINES
+from flows.control import CONTROL, POOLS
+from flows.recipe import Recipe
+from flows.step import step
+from stages.specs import STAGES
+
+PIPELINE_TAG, STEP_TAG = "pipeline", "step"
+# A flow run tells every 30 s that it lives.
+SILENCE = timedelta(seconds=90)
+ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def deploy(directory: Path) -> list[str]:
+    """Make or update all of it; the names of the deployments. Pipelines run in `directory`, where recipes' paths begin."""
+    make_pools(directory)
+    made = [deployment(flow, name) for name, flow in flows()]
+    made += [on_pool(step, pool, name=pool, tags=[STEP_TAG]) for pool in POOLS if pool != CONTROL]
+    for one in made:
+        one.apply()
+    for automation in automations():
+        _ensure(automation)
+    return [f"{one.flow_name}/{one.name}" for one in made]
+
+
+def flows() -> Iterator[tuple[str, Flow[..., Any]]]:
+    """Every flow that a person starts, by name."""
+    for name in PIPELINES:
+        yield name, importlib.import_module(f"flows.{name}").DEFINITION.flow
+    single = importlib.import_module("flows.single")
+    for name in STAGES:
+        yield name, single.definition(name).flow
+
+
+def make_pools(directory: Path) -> None:
+    """The process pools."""
+    with get_client(sync_client=True) as client:
+        for name, description in POOLS.items():
+            template = ProcessWorker.get_default_base_job_template()
+            if name == CONTROL:
+                template["variables"]["properties"]["working_dir"]["default"] = str(directory)
+            pool = WorkPoolCreate(name=name, type="process", description=description, base_job_template=template)
+            client.create_work_pool(pool, overwrite=True)
+
+
+def deployment(
+    flow: Flow[..., Any], name: str, recipe: Recipe | None = None, schedule: Schedule | None = None
+) -> RunnerDeployment:
+    """A pipeline's deployment, its form filled in from a recipe; a schedule's run is skipped while the one before goes on."""
+    parameters = {} if recipe is None else {"recipe": recipe.model_dump(mode="json")}
+    limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW) if schedule else None
+    fields = {"parameters": parameters, "schedule": schedule, "concurrency_limit": limit}
+    return on_pool(flow, CONTROL, name=name, tags=[PIPELINE_TAG], **fields)
+
+
+def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None = None, cron: str | None = None) -> str:
+    """Make a recipe a deployment of its name, run by the schedule if there is one; its full name."""
+    schedule = None
+    if every is not None:
+        schedule = Schedule(interval=every)
+    elif cron is not None:
+        schedule = Schedule(cron=cron)
+    made = deployment(flow, recipe.name, recipe, schedule)
+    made.apply()
+    return f"{made.flow_name}/{made.name}"
+
+
+def on_pool(flow: Flow[..., Any], pool: str, **fields: Any) -> RunnerDeployment:
+    """A deployment whose code is found by its module: by a path, `flows/` would be first among what is imported."""
+    return RunnerDeployment.from_flow(flow, work_pool_name=pool, entrypoint_type=EntrypointType.MODULE_PATH, **fields)
+
+
+def automations() -> list[Automation]:
+    """What the server does by itself for flow runs that a machine has lost."""
+    every = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+    pipelines = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{PIPELINE_TAG}"})
+    beats = "prefect.flow-run.heartbeat"
+    silent = EventTrigger(
+        after={beats},
+        expect={beats, *(f"prefect.flow-run.{end}" for end in ENDS)},
+        match=every,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=SILENCE,
+    )
+    crashed = EventTrigger(
+        expect={"prefect.flow-run.Crashed"},
+        match=every,
+        match_related=pipelines,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+    return [
+        Automation(
+            name="posttrain: a flow run that is silent has crashed",
+            description="Nobody else tells of a run whose process and worker are both gone.",
+            trigger=silent,
+            actions=[_change(StateType.CRASHED, "Crashed", f"No sign of life for {SILENCE.seconds} s", force=False)],
+        ),
+        Automation(
+            name="posttrain: a crashed pipeline starts again",
+            description="It finds what it has computed, and the steps that still run; a step is sent again by its pipeline.",
+            trigger=crashed,
+            actions=[
+                _change(StateType.SCHEDULED, "AwaitingRetry", "Its process was lost; it goes on from what is there", force=True)
+            ],
+        ),
+    ]
+
+
+def _change(state: StateType, name: str, message: str, force: bool) -> ActionTypes:
+    return ChangeFlowRunState(state=state, name=name, message=message, force=force)
+
+
+def _ensure(automation: Automation) -> None:
+    with get_client(sync_client=True) as client:
+        found = client.read_automations_by_name(automation.name)
+    if not found:
+        automation.create()
+        return
+    automation.id = found[0].id
+    automation.update()

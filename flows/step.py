@@ -1,0 +1,28 @@
+"""One step of a pipeline on a work pool: what `tasks.dispatch` sends and a worker of the pool runs."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from stages.errors import InputError
+from tasks import display
+from tasks.execute import StepResult, bring
+from tasks.live import Live
+from tasks.plan import StepCall
+
+
+@flow(name="step", flow_run_name="{call.name}", persist_result=False)
+def step(call: StepCall, key: str) -> StepResult:
+    """Bring a step to its published outputs. Raises InputError when this machine's code would compute another key.
+
+    Args:
+        call: The step, with handles of its inputs.
+        key: What the pipeline's side expects.
+    """
+    if call.key() != key:
+        raise InputError(
+            f"{call.name}: this worker's code computes the key {call.key()[:12]}, the pipeline expects {key[:12]}: "
+            "the two run different versions of posttrain; update one of them"
+        )
+    display.current = Live()
+    return bring(call)
