@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seeds", type=_numbers, metavar="N,N", help="run once a seed, and end with a table over the seeds")
     run.add_argument("--from", dest="from_step", metavar="STEP", help="recompute this step and what follows from it")
     run.add_argument("--dry-run", action="store_true", help="say what each step would do, and why; compute nothing")
+    run.add_argument("--detach", action="store_true", help="with servers up: start it on the pool control, say where, and end")
     run.add_argument("--json", action="store_true", help="end with one JSON document on stdout; all else goes to stderr")
     run.set_defaults(command=run_command)
 
@@ -115,6 +116,8 @@ def run_command(options: argparse.Namespace) -> int:
         if options.seeds:
             raise InputError("--dry-run plans one seed; give it with --seed")
         return _plan(options, every[0], stdout)
+    if options.detach:
+        return _detached(options, every, stdout)
     from flows.server import start_prefect_server, wait_until_ready
 
     # The server starts while this process imports what it needs.
@@ -124,14 +127,16 @@ def run_command(options: argparse.Namespace) -> int:
     recipes = [parse(definition.recipe, values, str(options.recipe)) for values in every]
     importlib.import_module("stages.request")
     wait_until_ready(root)
+    from prefect import tags
     from rich.console import Console
 
     from tasks.display import Terminal
+    from tasks.home import OURS_TAG
     from tasks.report import print_results, print_seeds
 
     documents, of_seeds = [], {}
     for recipe in recipes:
-        with Terminal() as terminal:
+        with Terminal() as terminal, tags(OURS_TAG):
             results = of_seeds[recipe.seed] = definition.flow(recipe, from_step=options.from_step)
         print_results(terminal.console, recipe.name, results)
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
@@ -142,6 +147,24 @@ def run_command(options: argparse.Namespace) -> int:
     if options.json:
         _write_document({"seeds": documents} if options.seeds else {"stages": documents[0]["stages"]}, stdout)
     return 0
+
+
+def _detached(options: argparse.Namespace, every: list[dict[str, Any]], stdout: TextIO) -> int:
+    from flows.deploy import start
+    from flows.recipe import parse
+
+    _require_servers()
+    definition = _definition(every[0]["flow"])
+    for recipe in [parse(definition.recipe, values, str(options.recipe)) for values in every]:
+        print(start(definition.flow, recipe, options.from_step), file=stdout, flush=True)
+    return 0
+
+
+def _require_servers() -> None:
+    from tasks.home import home, server
+
+    if server() is None:
+        raise InputError(f"no servers are up over {home()}; start them with `posttrain up`")
 
 
 def _numbers(text: str) -> list[int]:
@@ -260,15 +283,13 @@ def deploy_command(options: argparse.Namespace) -> int:
     """`posttrain deploy`."""
     from tasks.home import configure_environment
 
-    root = configure_environment()
+    configure_environment()
     from datetime import timedelta
 
     from flows.deploy import deploy_recipe
     from flows.recipe import parse, read_recipe
-    from tasks.home import server
 
-    if server() is None:
-        raise InputError(f"{root}: no servers are up over this state; start them with `posttrain up`")
+    _require_servers()
     values = read_recipe(options.recipe, options.settings, options.seed)
     definition = _definition(values["flow"])
     recipe = parse(definition.recipe, values, str(options.recipe))

@@ -34,11 +34,7 @@ POOLS = {
     "cpu": "Steps that need no GPU.",
     "gpu": "Steps that need a GPU: one worker a set of GPUs, one step at a time each.",
 }
-WORKER = {
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
-    # Without it nobody tells of a flow run whose process and worker are both gone.
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-}
+WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
 DOWN_SECONDS = 120.0
 
 
@@ -77,11 +73,11 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
         _start(stack, servers)
         for address, child in zip((f"{prefect}/api/health", f"{mlflow}/health"), servers or (None, None), strict=True):
             wait_until_answered(address, child.log if child else None, child.process if child else None)
-        use_servers(prefect, mlflow, None if asked.joins else root / "artifacts")
-        if not asked.joins:
-            draft = record.with_suffix(".draft")
-            draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow}))
-            draft.replace(record)
+        artifacts = None if asked.joins else str(root / "artifacts")
+        use_servers(prefect, mlflow, artifacts)
+        draft = record.with_suffix(".draft")
+        draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "artifacts": artifacts}))
+        draft.replace(record)
         if asked.pools and not asked.joins:
             from flows.deploy import deploy
 

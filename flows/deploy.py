@@ -17,13 +17,15 @@ from typing import Any
 from prefect import Flow, get_client
 from prefect.automations import Automation
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun, StateType
+from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import ChangeFlowRunState, EventTrigger, Posture
 from prefect.events.actions import ActionTypes
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.urls import url_for
 from prefect.workers.process import ProcessWorker
 
 from flows.cli import PIPELINES
@@ -31,10 +33,12 @@ from flows.control import CONTROL, POOLS
 from flows.recipe import Recipe
 from flows.step import step
 from stages.specs import STAGES
+from tasks.home import OURS_TAG
 
-PIPELINE_TAG, STEP_TAG = "pipeline", "step"
+PIPELINE_TAG = "pipeline"
 # A flow run tells every 30 s that it lives.
 SILENCE = timedelta(seconds=90)
+QUIET = timedelta(seconds=10)
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -42,7 +46,7 @@ def deploy(directory: Path) -> list[str]:
     """Make or update all of it; the names of the deployments. Pipelines run in `directory`, where recipes' paths begin."""
     make_pools(directory)
     made = [deployment(flow, name) for name, flow in flows()]
-    made += [on_pool(step, pool, name=pool, tags=[STEP_TAG]) for pool in POOLS if pool != CONTROL]
+    made += [on_pool(step, pool, name=pool, tags=[OURS_TAG]) for pool in POOLS if pool != CONTROL]
     for one in made:
         one.apply()
     for automation in automations():
@@ -77,7 +81,7 @@ def deployment(
     parameters = {} if recipe is None else {"recipe": recipe.model_dump(mode="json")}
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW) if schedule else None
     fields = {"parameters": parameters, "schedule": schedule, "concurrency_limit": limit}
-    return on_pool(flow, CONTROL, name=name, tags=[PIPELINE_TAG], **fields)
+    return on_pool(flow, CONTROL, name=name, tags=[OURS_TAG, PIPELINE_TAG], **fields)
 
 
 def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None = None, cron: str | None = None) -> str:
@@ -92,6 +96,14 @@ def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None 
     return f"{made.flow_name}/{made.name}"
 
 
+def start(flow: Flow[..., Any], recipe: Recipe, from_step: str | None = None) -> str:
+    """Start a recipe on the pool `control`; the address of its flow run's page."""
+    parameters = {"recipe": recipe.model_dump(mode="json"), "from_step": from_step}
+    run = run_deployment(f"{flow.name}/{flow.name}", parameters=parameters, timeout=0)
+    assert isinstance(run, FlowRun)
+    return url_for(run) or str(run.id)
+
+
 def on_pool(flow: Flow[..., Any], pool: str, **fields: Any) -> RunnerDeployment:
     """A deployment whose code is found by its module: by a path, `flows/` would be first among what is imported."""
     return RunnerDeployment.from_flow(flow, work_pool_name=pool, entrypoint_type=EntrypointType.MODULE_PATH, **fields)
@@ -100,25 +112,28 @@ def on_pool(flow: Flow[..., Any], pool: str, **fields: Any) -> RunnerDeployment:
 def automations() -> list[Automation]:
     """What the server does by itself for flow runs that a machine has lost."""
     every = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
-    pipelines = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{PIPELINE_TAG}"})
     beats = "prefect.flow-run.heartbeat"
     silent = EventTrigger(
-        after={beats},
+        # Also of a run that is lost before its first sign of life.
+        after={beats, "prefect.flow-run.Running"},
         expect={beats, *(f"prefect.flow-run.{end}" for end in ENDS)},
         match=every,
+        match_related=_tagged(OURS_TAG),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
         within=SILENCE,
     )
     crashed = EventTrigger(
-        expect={"prefect.flow-run.Crashed"},
+        after={"prefect.flow-run.Crashed"},
+        # A worker tells twice that a process is gone: the second word must not meet a run that has begun again.
+        expect={f"prefect.flow-run.{state}" for state in ("Pending", "Running", "Scheduled", "AwaitingRetry", *ENDS)},
         match=every,
-        match_related=pipelines,
+        match_related=_tagged(PIPELINE_TAG),
         for_each={"prefect.resource.id"},
-        posture=Posture.Reactive,
+        posture=Posture.Proactive,
         threshold=1,
-        within=timedelta(0),
+        within=QUIET,
     )
     return [
         Automation(
@@ -136,6 +151,10 @@ def automations() -> list[Automation]:
             ],
         ),
     ]
+
+
+def _tagged(tag: str) -> ResourceSpecification:
+    return ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"})
 
 
 def _change(state: StateType, name: str, message: str, force: bool) -> ActionTypes:

@@ -6,13 +6,13 @@ from prefect import flow
 
 from stages.errors import InputError
 from tasks import display
-from tasks.execute import StepResult, bring
+from tasks.execute import bring
 from tasks.live import Live
 from tasks.plan import StepCall
 
 
 @flow(name="step", flow_run_name="{call.name}", persist_result=False)
-def step(call: StepCall, key: str) -> StepResult:
+def step(call: StepCall, key: str) -> None:
     """Bring a step to its published outputs. Raises InputError when this machine's code would compute another key.
 
     Args:
@@ -25,4 +25,4 @@ def step(call: StepCall, key: str) -> StepResult:
             "the two run different versions of posttrain; update one of them"
         )
     display.current = Live()
-    return bring(call)
+    bring(call)

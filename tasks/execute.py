@@ -52,13 +52,29 @@ class StepResult(BaseModel):
 @task(task_run_name="{call.name}", persist_result=False)
 def execute(call: StepCall) -> StepResult:
     """Bring a step to its published outputs: here, or by a worker of its pool."""
-    result = bring(call) if call.pool is None else _from_pool(call, call.pool)
-    return result.model_copy(update={"task_run": task_run.id})
+    started, store = time.monotonic(), Store(configure_environment())
+    published, status, reason = bring(call) if call.pool is None else _from_pool(store, call, call.pool)
+    plot = _plot(store, published) if "checkpoint" in published.outputs else None
+    return StepResult(
+        name=call.name,
+        stage=call.stage,
+        status=status,
+        seconds=round(time.monotonic() - started, 2),
+        reason=reason,
+        run_id=published.run_id,
+        metrics=published.metrics,
+        artifacts=published.outputs,
+        plot=None if plot is None else str(plot),
+        task_run=task_run.id,
+    )
 
 
-def _from_pool(call: StepCall, pool: str) -> StepResult:
+Brought = tuple[Published, Status, str]
+
+
+def _from_pool(store: Store, call: StepCall, pool: str) -> Brought:
     """What a worker publishes, found by its key; what is there already needs none."""
-    started, store, key = time.monotonic(), Store(configure_environment()), call.key()
+    key = call.key()
     display.current.begin(call.name, "")
     plan = examine(store, call)
     if plan.action != "skip":
@@ -66,14 +82,16 @@ def _from_pool(call: StepCall, pool: str) -> StepResult:
     published, damage = store.find(key)
     if published is None:
         raise RuntimeError(f"{call.name}: its flow run on the pool {pool} ended well, yet nothing is published ({damage})")
+    # Another pipeline's child may have computed it for us.
     ours = plan.action != "skip" and published.pipeline == call.pipeline
-    return _result(store, call, published, published.status if ours else "skipped", plan.reason, started)
+    status: Status = published.status if ours else "skipped"
+    display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
+    return published, status, plan.reason
 
 
-def bring(call: StepCall) -> StepResult:
-    """Skip, resume or run a step in this process, or in children of it."""
-    started = time.monotonic()
-    root = configure_environment()
+def bring(call: StepCall) -> Brought:
+    """Skip, resume or run a step in this process, or in children of it: its publication, what was done and why."""
+    started, root = time.monotonic(), configure_environment()
     store, key = Store(root), call.key()
     display.current.begin(call.name, "")
 
@@ -86,25 +104,10 @@ def bring(call: StepCall) -> StepResult:
         published, damage = store.find(key)
     if published is None:
         raise RuntimeError(f"{call.name}: it was published, yet its artifacts cannot be found ({damage})")
-    return _result(store, call, published, status, plan.reason, started)
-
-
-def _result(store: Store, call: StepCall, published: Published, status: Status, reason: str, started: float) -> StepResult:
-    plot = _plot(store, published) if "checkpoint" in published.outputs else None
-    seconds = round(time.monotonic() - started, 2)
+    seconds = time.monotonic() - started
     display.current.end(call.name, f"{status}  {headline(call.spec(), published.metrics)}")
-    _say(f"{call.name}: {status} in {seconds:.1f} s ({reason}) -> {', '.join(map(str, published.outputs.values()))}")
-    return StepResult(
-        name=call.name,
-        stage=call.stage,
-        status=status,
-        seconds=seconds,
-        reason=reason,
-        run_id=published.run_id,
-        metrics=published.metrics,
-        artifacts=published.outputs,
-        plot=None if plot is None else str(plot),
-    )
+    _say(f"{call.name}: {status} in {seconds:.1f} s ({plan.reason}) -> {', '.join(map(str, published.outputs.values()))}")
+    return published, status, plan.reason
 
 
 def _plot(store: Store, published: Published) -> Path | None:

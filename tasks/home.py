@@ -12,6 +12,7 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # With the library's defaults a server that is down blocks each call for four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -22,6 +23,10 @@ DEFAULTS = {
 }
 # MLflow's server takes half a minute to start again, and a training run had better wait for it than die: two minutes in all.
 PATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "6", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2"}
+
+
+# A flow run with this tag tells that it lives, and is taken for crashed when it is silent.
+OURS_TAG = "posttrain"
 
 
 def home() -> Path:
@@ -45,7 +50,7 @@ def configure_environment() -> Path:
         (root / name).mkdir(parents=True, exist_ok=True)
     found = None if server() or os.environ.get("PREFECT_API_URL") else is_up(root)
     if found is not None:
-        use_servers(found["prefect"], found["mlflow"], root / "artifacts")
+        use_servers(found["prefect"], found["mlflow"], found["artifacts"])
     places = {
         "POSTTRAIN_HOME": str(root),
         "PREFECT_HOME": str(root / "prefect"),
@@ -56,11 +61,12 @@ def configure_environment() -> Path:
     return root
 
 
-def use_servers(prefect: str, mlflow: str, artifacts: Path | None) -> None:
+def use_servers(prefect: str, mlflow: str, artifacts: str | None) -> None:
     """Have this process and its children use these servers; `artifacts` is where their files lie, when on this machine."""
     os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow, **PATIENT}
+    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"
     if artifacts is not None:
-        os.environ["POSTTRAIN_ARTIFACTS"] = str(artifacts)
+        os.environ["POSTTRAIN_ARTIFACTS"] = artifacts
 
 
 def is_up(root: Path) -> dict[str, Any] | None:
