@@ -31,6 +31,7 @@ from stages.artifacts import digest_of
 from stages.data.grouping import together
 from stages.data.labels import PAIR_TYPES, answers_alone, completion_columns, preference_row, write_split
 from stages.data.parquet import read_schema
+from stages.data.recorded import sample_number
 from stages.data.schemas import labelled_steps
 from stages.data.steps import pieces
 from stages.errors import InputError
@@ -123,7 +124,7 @@ def _against(known: dict[str, list[Demonstrated]], groups: Iterable[list[Row]], 
                 "own prompts, prepared alike"
             )
         for place, row in enumerate(group):
-            text, finish = demonstrated[_number(row, place) % len(demonstrated)]
+            text, finish = demonstrated[sample_number(row, place) % len(demonstrated)]
             if row["completion"] == text:
                 counts["ties"] += 1
                 continue
@@ -175,15 +176,10 @@ def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
         config.seed,
         int(row.get("step") or 0),
         f"label/{row['id']}",
-        _number(row, number),
+        sample_number(row, number),
     )
     uniform = max(float(uniforms(np.array([seed], np.uint64), 1)[0, 0]), 2.0**-54)
     return value - config.noise * math.log(-math.log(uniform))
-
-
-def _number(row: Row, place: int) -> int:
-    """Which sample of its prompt a row is: by its column, or by its place among them."""
-    return place if row.get("sample") is None else int(row["sample"])
 
 
 def _kept(group: Sequence[Scored], config: LabelConfig, counts: Counter[str]) -> list[tuple[Row, float, float]]:

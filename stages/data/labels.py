@@ -23,6 +23,12 @@ PAIR_TYPES: dict[str, pa.DataType] = {
     **{name: pa.float64() for name in ("margin", "chosen_score", "rejected_score")},
 }
 
+# Beside the prompt, what a question of people has: the two texts as they are shown, and of which samples they are.
+QUESTION_TYPES: dict[str, pa.DataType] = {
+    **{name: pa.string() for name in ("id", "left", "right", "left_finish", "right_finish")},
+    **{name: pa.int64() for name in ("left_sample", "right_sample")},
+}
+
 
 def completion_columns(folder: Path, what: str) -> list[str]:
     """The columns of a dataset with completions. Raises InputError when it has none."""

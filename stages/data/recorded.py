@@ -17,3 +17,8 @@ def recorded(row: Row, step: int, sample: int, completion: str, length: int | No
     """A prompt's row with one sample of it, as a row of a rollouts dataset."""
     given = {name: value for name, value in row.items() if name not in RECORDED}
     return given | dict(zip(RECORDED, (step, sample, completion, length, finish, policy), strict=True))
+
+
+def sample_number(row: Row, place: int) -> int:
+    """Which sample of its prompt a row is: by its column, or by its place among them."""
+    return place if row.get("sample") is None else int(row["sample"])
