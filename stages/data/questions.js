@@ -96,6 +96,7 @@ function render() {
   find("undo").disabled = done === 0;
   find("download").disabled = done === 0;
   find("download").textContent = "Download (" + done + ")";
+  find("download").classList.toggle("next", question === null);
   if (question) {
     showPrompt(question.prompt);
     show(find("left"), question.left);
