@@ -1,9 +1,9 @@
-"""What the tests of people's labels share: texts that try to break the page, the stages on rows, answers as people give them."""
+"""What the tests of people's labels share: texts that try to break the page, the stages on rows, answers as people give."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def page_of(run: Run) -> Path:
     return run.folder / "outputs" / "questions" / PAGE
 
 
-def answer(folder: Path, questions: Run, files: dict[str, str | Rows], **config: Any) -> Run:
+def answer(folder: Path, questions: Run, files: Mapping[str, str | Rows], **config: Any) -> Run:
     """Run `answers` on files of answers (their text, or rows), in a folder of its own."""
     given = folder / "files"
     given.mkdir(parents=True)
@@ -97,7 +97,7 @@ class Reading(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        tag, attributes = self.tags[-1] if self.tags else ("", {})
+        attributes = self.tags[-1][1] if self.tags else {}
         if self.cdata_elem is not None:
             if self.blocks and self.blocks[-1][0] is attributes:
                 self.blocks[-1] = (attributes, self.blocks[-1][1] + data)

@@ -56,16 +56,18 @@ def _answer(row: Row, where: str, questions: Collection[str]) -> Answer:
     if not isinstance(annotator, str) or not annotator.strip():
         raise InputError(f'{where}: "annotator" must be a name, it is {annotator!r}')
     if choice not in CHOICES:
-        raise InputError(f'{where}: "choice" must be one of {", ".join(CHOICES)}, it is {str(choice)[:60]!r}')
+        raise InputError(f'{where}: "choice" must be one of {", ".join(CHOICES)}, it is {repr(choice)[:60]}')
+    if not isinstance(question, str):
+        raise InputError(f'{where}: "question" must be the id of a question, it is {repr(question)[:60]}')
     if question not in questions:
         raise InputError(
-            f"{where}: none of the {len(questions)} questions has the id {str(question)[:60]!r}: these are answers of another "
+            f"{where}: none of the {len(questions)} questions has the id {repr(question)[:60]}: these are answers of another "
             "page; give as `questions` the dataset whose page.html was answered, or leave this file out"
         )
     if seconds is not None and (
         isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf
     ):
-        raise InputError(f'{where}: "seconds" must be a number from 0 up, it is {str(seconds)[:60]!r}')
+        raise InputError(f'{where}: "seconds" must be a number from 0 up, it is {repr(seconds)[:60]}')
     return Answer(question, annotator.strip(), choice, None if seconds is None else float(seconds))
 
 
@@ -76,5 +78,5 @@ def _when(row: Row, where: str) -> datetime:
     try:
         when = datetime.fromisoformat(at)
     except (TypeError, ValueError):
-        raise InputError(f'{where}: "at" must be a time such as 2026-01-31T12:00:00Z, it is {str(at)[:60]!r}') from None
+        raise InputError(f'{where}: "at" must be a time such as 2026-01-31T12:00:00Z, it is {repr(at)[:60]}') from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
