@@ -150,7 +150,7 @@ find("start").addEventListener("submit", (event) => {
 find("change").addEventListener("click", () => {
   annotator = null;
   render();
-  find("annotator").focus();
+  find("annotator").select();
 });
 for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => act(button.dataset.choice));
 find("undo").addEventListener("click", () => act("undo"));

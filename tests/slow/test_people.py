@@ -172,8 +172,7 @@ def test_a_person_labels_and_a_reward_model_learns(
 
     # A second person at the same browser starts anew, and finds own answers again.
     page.click("#change")
-    page.fill("#annotator", "  Ben   <b> ")
-    page.keyboard.press("Enter")
+    start(page, "  Ben   <b> ")
     assert place(page) == "Question 1 of 20"
     for _ in range(12):
         page.keyboard.press("1" if better(page) == "left" else "2")
