@@ -98,6 +98,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert texts(asked(first)) == texts(asked(other))
     sides = {row["prompt"]: row["left"] for row in asked(first)}
     assert 10 < sum(sides[row["prompt"]] != row["left"] for row in asked(other)) < 50
+    assert sum(one["prompt"] == two["prompt"] for one, two in zip(asked(first), asked(other), strict=True)) < 10
     # More samples leave the questions that were there as they are.
     more = ask(tmp_path / "more", [*rows, *group("new", "1", "2")])
     assert {row["id"] for row in asked(first)} < {row["id"] for row in asked(more)}

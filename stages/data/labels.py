@@ -65,13 +65,13 @@ def write_split(
     """Write rows as the outputs `train` and `heldout`; how many each holds. Raises InputError when all are held out."""
     train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
     for row in rows:
-        (heldout if _held_out(heldout_share, row) else train).add(row)
+        (heldout if held_out(heldout_share, row) else train).add(row)
     made = {"rows_train": train.close(), "rows_heldout": heldout.close()}
     if made["rows_heldout"] and not made["rows_train"]:
         raise InputError(f"all {made['rows_heldout']} {what}s were held out: lower heldout, or sample more prompts")
     return made
 
 
-def _held_out(share: float, row: Row) -> bool:
+def held_out(share: float, row: Row) -> bool:
     """By a hash of its own, apart from that of `prepare`, which has split these prompts once already."""
     return int(digest_of(["label", row["prompt"]])[:12], 16) < share * 16**12
