@@ -41,6 +41,7 @@ from stages.data.batching import RowOrder, TokenBatch
 from stages.data.curriculum import in_curriculum
 from stages.data.parquet import read_schema, write_rows
 from stages.data.parts import Parts
+from stages.data.recorded import of_one_sample
 from stages.models.load import LoadedPolicy, load_policy, require_same_tokens, save_policy
 from stages.models.logprobs import TokenLogProbs, check_log_probs
 from stages.objectives.advantages import group_advantages, process_advantages
@@ -53,7 +54,7 @@ from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, usable_prompts
 from stages.rollouts.report import record_types, rollout_metrics, rollout_records
 from stages.rollouts.rewarded import give_rewards, punish_length, rated_steps, verify_as_ended
-from stages.rollouts.sample import Row, of_one_sample
+from stages.rollouts.sample import Row
 from stages.run import Run
 from stages.specs.grpo import GrpoConfig
 from stages.training import state

@@ -29,15 +29,15 @@ import pyarrow as pa
 
 from stages.artifacts import digest_of
 from stages.data.grouping import together
-from stages.data.parquet import RowWriter, read_schema
-from stages.data.schemas import labelled_steps, row_id
+from stages.data.labels import PAIR_TYPES, answers_alone, completion_columns, preference_row, write_split
+from stages.data.parquet import read_schema
+from stages.data.recorded import sample_number
+from stages.data.schemas import labelled_steps
 from stages.data.steps import pieces
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
 from stages.rewards.base import Score, verdict
-from stages.rewards.text import as_shown
-from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed, uniforms
 from stages.run import Run
 from stages.specs.label import LabelConfig
@@ -54,10 +54,7 @@ WORDS = (
 # A demonstration's completion, and how it ended.
 Demonstrated = tuple[str, str | None]
 TYPES: dict[str, dict[str, pa.DataType]] = {
-    "pairs": {
-        **{name: pa.string() for name in ("id", "chosen", "rejected", "chosen_finish", "rejected_finish")},
-        **{name: pa.float64() for name in ("margin", "chosen_score", "rejected_score")},
-    },
+    "pairs": PAIR_TYPES,
     "rankings": {
         **{name: pa.list_(pa.string()) for name in ("completions", "finishes")},
         "ranks": pa.list_(pa.int64()),
@@ -77,18 +74,13 @@ def label(
         labelled = _labelled(config, run, samples, _scorer(config, samples, reward_model), counts)
     else:
         _require_nothing_else(config, reward_model)
-        _columns(samples, "samples")
+        completion_columns(samples, "samples")
         labelled = _against(_demonstrations(run, demonstrations), together(run.rows(samples)), counts)
     types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
-    train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
-    for row in labelled:
-        (heldout if _held_out(config, row) else train).add(row)
-    made = {"rows_train": train.close(), "rows_heldout": heldout.close()}
     what, advice = WORDS[config.form == "steps"]
+    made = write_split(run, labelled, config.heldout, types, what)
     if not any(made.values()):
         raise InputError(f"no {what} came of the samples ({dict(counts)}): {advice}?")
-    if not made["rows_train"]:
-        raise InputError(f"all {made['rows_heldout']} {what}s were held out: lower heldout, or sample more prompts")
     run.table(f"{what}s", [{"what": one, "number": count} for one, count in counts.items()])
     if config.form == "steps":
         run.log(0, made | {"steps": counts["steps"], "steps_right": counts["steps right"] / counts["steps"]})
@@ -99,7 +91,7 @@ def label(
 
 def _labelled(config: LabelConfig, run: Run, samples: Path, scorer: Scorer, counts: Counter[str]) -> Iterator[Row]:
     make = {"pairs": _pairs, "rankings": _ranking, "steps": _steps}[config.form]
-    rows = run.rows(samples) if config.part == "completion" else _answers(run.rows(samples), counts)
+    rows = run.rows(samples) if config.part == "completion" else answers_alone(run.rows(samples), counts)
     for group in _scored(rows, scorer):
         yield from make(config, group, counts)
 
@@ -115,7 +107,7 @@ def _require_nothing_else(config: LabelConfig, reward_model: Path | None) -> Non
 
 def _demonstrations(run: Run, folder: Path) -> dict[str, list[Demonstrated]]:
     """The demonstrations of each prompt, by its hash."""
-    _columns(folder, "demonstrations")
+    completion_columns(folder, "demonstrations")
     found: dict[str, list[Demonstrated]] = {}
     for row in run.rows(folder):
         found.setdefault(digest_of(row["prompt"]), []).append((row["completion"], row.get("finish")))
@@ -132,42 +124,20 @@ def _against(known: dict[str, list[Demonstrated]], groups: Iterable[list[Row]], 
                 "own prompts, prepared alike"
             )
         for place, row in enumerate(group):
-            text, finish = demonstrated[_number(row, place) % len(demonstrated)]
+            text, finish = demonstrated[sample_number(row, place) % len(demonstrated)]
             if row["completion"] == text:
                 counts["ties"] += 1
                 continue
             counts["pairs ordered"] += 1
-            pair = _row(row, {"prompt": row["prompt"], "chosen": text, "rejected": row["completion"]})
+            pair = preference_row(row, {"prompt": row["prompt"], "chosen": text, "rejected": row["completion"]})
             yield pair | {"chosen_finish": finish, "rejected_finish": row.get("finish")}
-
-
-def _answers(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Row]:
-    """The samples as a reader is shown them, who does not see the thinking."""
-    for row in rows:
-        text, finish = as_shown(row["completion"], row.get("finish"))
-        if text:
-            yield row | {"completion": text, "finish": finish}
-        else:
-            counts["samples without an answer to show"] += 1
-
-
-def _held_out(config: LabelConfig, row: Row) -> bool:
-    """By a hash of its own, apart from that of `prepare`, which has split these prompts once already."""
-    return int(digest_of(["label", row["prompt"]])[:12], 16) < config.heldout * 16**12
-
-
-def _columns(folder: Path, what: str) -> list[str]:
-    columns = read_schema(folder).names
-    if "completion" not in columns:
-        raise InputError(f'the {what} have no column "completion" (they have {", ".join(columns)})')
-    return columns
 
 
 def _scorer(config: LabelConfig, samples: Path, folder: Path | None) -> Scorer:
     reward = config.reward
     if (reward is None) == (folder is None):
         raise InputError("label needs either `reward` in its config or a reward model as its input, and not both")
-    columns = _columns(samples, "samples")
+    columns = completion_columns(samples, "samples")
     if reward is not None:
         require_columns(reward.name, columns, "the samples")
 
@@ -206,15 +176,10 @@ def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
         config.seed,
         int(row.get("step") or 0),
         f"label/{row['id']}",
-        _number(row, number),
+        sample_number(row, number),
     )
     uniform = max(float(uniforms(np.array([seed], np.uint64), 1)[0, 0]), 2.0**-54)
     return value - config.noise * math.log(-math.log(uniform))
-
-
-def _number(row: Row, place: int) -> int:
-    """Which sample of its prompt a row is: by its column, or by its place among them."""
-    return place if row.get("sample") is None else int(row["sample"])
 
 
 def _kept(group: Sequence[Scored], config: LabelConfig, counts: Counter[str]) -> list[tuple[Row, float, float]]:
@@ -235,7 +200,7 @@ def _pairs(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -
         counts["pairs ordered"] += 1
         counts["turned by noise"] += better < worse
         pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
-        yield _row(chosen, pair | {"margin": seen - less}) | {
+        yield preference_row(chosen, pair | {"margin": seen - less}) | {
             "chosen_score": better,
             "rejected_score": worse,
             "chosen_finish": chosen.get("finish"),
@@ -265,7 +230,7 @@ def _ranking(config: LabelConfig, group: Sequence[Scored], counts: Counter[str])
             "ranks": [rank for rank, _, _, _ in members],
         }
         finishes = [row.get("finish") for _, row, _, _ in members]
-        yield _row(kept[0][0], ranking) | {"scores": [value for _, _, value, _ in members], "finishes": finishes}
+        yield preference_row(kept[0][0], ranking) | {"scores": [value for _, _, value, _ in members], "finishes": finishes}
 
 
 def _steps(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
@@ -286,14 +251,8 @@ def _steps(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -
             labels = labelled_steps(found, f"the reward's steps of a completion of the row with id {row['id']!r}")[1]
             counts["steps"] += len(labels)
             counts["steps right"] += sum(label > 0.5 for label in labels)
-            yield _row(row, found | {"labels": labels}) | {"finish": row.get("finish")}
+            yield preference_row(row, found | {"labels": labels}) | {"finish": row.get("finish")}
 
 
 def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) -> bool:
     return abs(value - less) <= config.tie_within or one["completion"] == other["completion"]
-
-
-def _row(source: Row, preference: Row) -> Row:
-    """A canonical row: the preference, and the columns of the prompt that are not of one sample."""
-    others = {name: value for name, value in source.items() if not of_one_sample(name) and name not in ("id", *preference)}
-    return {"id": row_id(preference), **preference, **others}

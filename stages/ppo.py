@@ -37,6 +37,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stages.data.batching import RowOrder, TokenBatch
 from stages.data.parquet import read_schema, write_rows
 from stages.data.parts import Parts
+from stages.data.recorded import of_one_sample
 from stages.errors import InputError
 from stages.models.critic import ActorCritic, TwoHeads, critic_from_policy, critic_on_policy
 from stages.models.load import LoadedPolicy, load_policy, require_same_tokens, save_policy
@@ -51,7 +52,6 @@ from stages.objectives.value import value_loss
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.collect import collect, measure, score, usable_prompts
 from stages.rollouts.report import critic_metrics, rollout_metrics, rollout_records
-from stages.rollouts.sample import of_one_sample
 from stages.run import Run
 from stages.specs.ppo import PpoConfig
 from stages.training import state

@@ -23,11 +23,11 @@ import pyarrow as pa
 from stages.artifacts import digest_of
 from stages.data.grouping import together
 from stages.data.parquet import RowWriter, count_rows, read_schema
+from stages.data.recorded import of_one_sample
 from stages.data.schemas import row_id
 from stages.errors import InputError
 from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.mix import Mixed, Mixture
-from stages.rollouts.sample import of_one_sample
 from stages.rollouts.seeds import sample_seed
 from stages.run import Run
 from stages.specs.rejection import RejectionConfig

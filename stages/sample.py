@@ -26,12 +26,13 @@ from accelerate.utils import gather_object
 
 from stages.data.parquet import count_rows, read_schema, write_rows
 from stages.data.parts import Parts
+from stages.data.recorded import of_one_sample
 from stages.errors import InputError
 from stages.models.load import LoadedModel, load_policy
 from stages.rewards.learned import load_judges, model_arguments
 from stages.rewards.mix import Begun, Mixture
 from stages.rollouts.best import Placed, best_of
-from stages.rollouts.sample import Sample, of_one_sample, sample_rows
+from stages.rollouts.sample import Sample, sample_rows
 from stages.rollouts.teacher import ask_teacher
 from stages.run import Run
 from stages.specs.sample import SampleConfig

@@ -1,8 +1,11 @@
-"""Numbers with their uncertainty: means with bootstrap intervals, and whether probabilities mean what they say."""
+"""Numbers with their uncertainty: means with bootstrap intervals, whether probabilities mean what they say, and how far
+annotators agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -45,3 +48,34 @@ def by_quantile(values: np.ndarray, right: np.ndarray, parts: int = 4) -> list[d
         low, high = float(values[inside].min()), float(values[inside].max())
         rows.append({"from": low, "to": high, "pairs": int(inside.sum()), "accuracy": float(right[inside].mean())})
     return rows
+
+
+def pairwise_agreement(units: Iterable[Iterable[Hashable]]) -> float | None:
+    """Of all pairs of values that annotators gave to one unit, the share that are equal; None without such a pair."""
+    equal = pairs = 0
+    for values in map(Counter, units):
+        count = values.total()
+        pairs += count * (count - 1)
+        equal += sum(one * (one - 1) for one in values.values())
+    return equal / pairs if pairs else None
+
+
+def krippendorff_alpha(units: Iterable[Iterable[Hashable]]) -> float | None:
+    """Krippendorff's alpha for nominal values (Computing Krippendorff's Alpha-Reliability, 2011): 1 is full agreement, 0 what
+    chance gives, below 0 less than that. A unit is what its annotators gave it, those that gave it nothing left out.
+
+        alpha = 1 - (1 - sum_c o_cc / n) / (1 - sum_c n_c (n_c - 1) / (n (n - 1)))
+
+    of the n values in units that have at least two; o_cc are those that coincide, n_uc (n_uc - 1) / (m_u - 1) in a unit of m_u
+    values. None when there are none, or when all values are equal: chance would then agree as much.
+    """
+    coincide, totals = Fraction(0), Counter[Hashable]()
+    for values in map(Counter, units):
+        if (count := values.total()) > 1:
+            totals += values
+            coincide += Fraction(sum(one * (one - 1) for one in values.values()), count - 1)
+    n = totals.total()
+    by_chance = sum(one * (one - 1) for one in totals.values())
+    if n * (n - 1) == by_chance:
+        return None
+    return float(1 - (1 - coincide / n) / (1 - Fraction(by_chance, n * (n - 1))))

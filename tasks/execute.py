@@ -15,6 +15,7 @@ from prefect.runtime import task_run
 from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle, Kind
+from stages.data.questions import PAGE
 from stages.errors import InputError
 from stages.request import InputFolder, Request
 from stages.run import Event
@@ -46,6 +47,7 @@ class StepResult(BaseModel):
     metrics: dict[str, float]
     artifacts: dict[str, Handle]
     plot: str | None = None
+    page: str | None = None
     task_run: str | None = None
 
 
@@ -65,6 +67,7 @@ def execute(call: StepCall) -> StepResult:
         metrics=published.metrics,
         artifacts=published.outputs,
         plot=None if plot is None else str(plot),
+        page=_page(store, published),
         task_run=task_run.id,
     )
 
@@ -120,6 +123,12 @@ def _plot(store: Store, published: Published) -> Path | None:
     if {"reward_margin", "chosen_logp"} <= published.metrics.keys():
         return preference_curves(store, published.run_id, named, path)
     return None
+
+
+def _page(store: Store, published: Published) -> str | None:
+    """The page on which people answer questions, where a step made one."""
+    pages = (store.locate(made) / PAGE for name, made in published.outputs.items() if name == "questions")
+    return next((str(page) for page in pages if page.is_file()), None)
 
 
 def _compute(store: Store, call: StepCall, key: str, held: Held) -> Status:

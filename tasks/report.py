@@ -29,6 +29,8 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
     for result in results:
         if result.plot is not None:
             console.print(f"{result.name}: its curves in {result.plot}", soft_wrap=True, markup=False)
+        if result.page is not None:
+            console.print(f"{result.name}: label them in {result.page}", soft_wrap=True, markup=False)
 
 
 def print_models(console: Console, results: Sequence[StepResult]) -> None:

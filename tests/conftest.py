@@ -23,7 +23,7 @@ import pytest
 # What several test files share: a failing assertion there says what it compared, too.
 pytest.register_assert_rewrite("distilling", "endpoint_server", "evaluating", "grpo_bench", "labelling", "looping")
 pytest.register_assert_rewrite("planning", "ppo_bench", "pref_bench", "preparing", "recipes", "rejecting", "reward_bench")
-pytest.register_assert_rewrite("sampling")
+pytest.register_assert_rewrite("asking", "sampling")
 
 from stages.data.parquet import write_rows
 from stages.data.schemas import row_id

@@ -8,6 +8,7 @@ When this test fails and the change is meant, raise `version` in the stage's spe
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, request_for
 
-from stages.artifacts import read_manifest
+from stages.artifacts import read_manifest, sha256_file
+from stages.data.parquet import read_rows
 from stages.request import run_stage
 from stages.specs import STAGES
 
@@ -68,6 +70,16 @@ def tiny_runs(root: Path, init_folder: Path) -> dict[str, Any]:
     config = {"reward": {"name": "length"}, "noise": 0.01, "heldout": 0.3}
     labels = run("label", config, samples=drawn / "samples")
     found["label"]["digests"] = {n: read_manifest(labels / n, "dataset").digest[:16] for n in ("train", "heldout")}
+    asked = run("questions", {"limit": 12}, samples=drawn / "samples") / "questions"
+    found["questions"]["digests"] = {path.name: sha256_file(path)[:16] for path in sorted(asked.iterdir())}
+    given = root / "given"
+    given.mkdir()
+    for name, choices in (("A", "left right tie"), ("B", "left left right right")):
+        chosen = zip(read_rows(asked), cycle(choices.split()))
+        rows = [{"question": row["id"], "annotator": name, "choice": choice} for row, choice in chosen]
+        (given / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    people = run("answers", {"heldout": 0.3}, questions=asked, answers=given)
+    found["answers"]["digests"] = {path.name: read_manifest(path, "dataset").digest[:16] for path in sorted(people.iterdir())}
     config = {"steps": 5, "batch_size": 4, "optimizer": adamw, "bootstrap": 100, "runtime": RUNTIME}
     paths = {"model": sft / "checkpoint", "train": labels / "train", "heldout": labels / "heldout"}
     paths |= {"demonstrations": data / "train", "samples": drawn / "samples"}

@@ -28,10 +28,10 @@ from labelling import (
 import stages.label
 from stages.data.chat import encode
 from stages.data.preferences import PreferenceTable, encode_preferences
+from stages.data.recorded import RECORDED
 from stages.data.schemas import row_id
 from stages.models.load import load_policy
 from stages.rewards import REWARDS, RewardEntry, Score, score
-from stages.rollouts.sample import RECORDED
 
 registered = labelling.registered
 label = labelling.label

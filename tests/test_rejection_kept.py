@@ -14,12 +14,11 @@ from conftest import request_for
 from labelling import chain_group, group, within
 from rejecting import Reject, Rows, counts, digests, events, made, metrics, pass_rates, texts
 
-import stages.label
 import stages.rejection
+from stages.data.labels import held_out
 from stages.data.schemas import row_id
 from stages.prepare import _held_out
 from stages.request import run_stage
-from stages.specs.label import LabelConfig
 from stages.specs.prepare import PrepareConfig
 
 registered = labelling.registered
@@ -148,7 +147,7 @@ def test_prompts_are_held_out_by_a_hash_of_their_own(reject: Reject) -> None:
     # Independent of the split that `prepare` has made of these prompts already, and of label's.
     for module_held_out in (
         lambda prompt: _held_out(PrepareConfig(heldout=0.3), {"prompt": prompt}),
-        lambda prompt: stages.label._held_out(LabelConfig(heldout=0.3), {"prompt": prompt}),
+        lambda prompt: held_out(0.3, {"prompt": prompt}),
     ):
         both = sum(module_held_out(prompt) for prompt in sides["heldout"]) / len(sides["heldout"])
         assert within(both, 0.3, len(sides["heldout"])), both

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from test_rollouts import rollouts_of
 
+from stages.data.recorded import of_one_sample
 from stages.errors import InputError
 from stages.rewards import REWARDS
 from stages.rewards.base import RewardEntry, Row, Score, verdict
@@ -19,7 +20,6 @@ from stages.rewards.mix import Mixed, Mixture
 from stages.rollouts.batch import Rollouts
 from stages.rollouts.report import rollout_metrics, rollout_records
 from stages.rollouts.rewarded import give_rewards
-from stages.rollouts.sample import of_one_sample
 from stages.specs.common import RewardRef, WeightedReward
 
 ORDER: list[str] = []

@@ -226,7 +226,7 @@ def test_json_keeps_config_and_key(name: str) -> None:
             parsed = spec.config.model_validate(again)
             assert parsed == config, path
             assert key(spec, parsed) == key(spec, config), path
-    assert kept > 10
+    assert kept > min(10, len(spec.config.model_fields))
 
 
 def test_numbers_written_in_two_ways_are_one_value() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.statistics import by_quantile, calibration, summary
+from stages.statistics import by_quantile, calibration, krippendorff_alpha, pairwise_agreement, summary
 
 
 def test_the_mean_is_over_prompts_not_samples() -> None:
@@ -75,3 +75,44 @@ def test_quantiles_have_equal_sizes_where_values_differ() -> None:
     values = np.random.default_rng(0).permutation(40).astype(float)
     assert [row["pairs"] for row in by_quantile(values, values > 0)] == [10, 10, 10, 10]
     assert by_quantile(np.zeros(0), np.zeros(0, bool)) == []
+
+
+# What observers gave each unit, one unit after another, what is missing left out: Krippendorff, Computing Krippendorff's
+# Alpha-Reliability (2011), the examples A (two observers, binary), B (two, nominal) and C (four, with missing values), with the
+# alphas that it gives; and the example of three observers and 15 units which Wikipedia's article on it works out.
+EXAMPLES = [
+    ("01 11 01 00 00 01 00 00 10 00", "0.095", 16 / 168),
+    ("ab aa bb bb db cc cc cc ee dd dd ad", "0.692", 310 / 448),
+    ("111 2232 3333 3333 2222 1234 4444 1121 2222 555 11 3", "0.743", 904 / 1216),
+    ("1  22 11 33 334 444 13 22 11 11 33 33  34", "0.691", 336 / 486),
+]
+
+
+@pytest.mark.parametrize(("units", "published", "exact"), EXAMPLES)
+def test_alpha_is_that_of_the_worked_examples(units: str, published: str, exact: float) -> None:
+    found = krippendorff_alpha(units.split(" "))
+    assert found == exact
+    assert f"{found:.3f}" == published
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=5), max_size=8))
+def test_alpha_is_observed_over_expected_disagreement(units: list[list[str]]) -> None:
+    """By brute force over pairs, as the paper defines it."""
+    pairable = [unit for unit in units if len(unit) > 1]
+    values = [value for unit in pairable for value in unit]
+    expected = sum(a != b for a, b in itertools.permutations(values, 2))
+    found = krippendorff_alpha(units)
+    if not expected:
+        assert found is None
+        return
+    pairs = [(a != b, 1 / (len(unit) - 1)) for unit in pairable for a, b in itertools.permutations(unit, 2)]
+    observed = sum(differ * weight for differ, weight in pairs) / len(values)
+    assert found == pytest.approx(1 - observed / (expected / (len(values) * (len(values) - 1))))
+    assert pairwise_agreement(units) == pytest.approx(sum(not differ for differ, _ in pairs) / len(pairs))
+
+
+def test_agreement_without_pairs_is_unknown() -> None:
+    assert pairwise_agreement(["a", "", "b"]) is None
+    assert krippendorff_alpha(["a", "", "b"]) is None
+    assert (pairwise_agreement(["aa"]), krippendorff_alpha(["aa"])) == (1, None)
+    assert (pairwise_agreement(["ab"]), krippendorff_alpha(["ab", "ab"])) == (0, pytest.approx(-1 / 2))

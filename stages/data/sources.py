@@ -30,8 +30,14 @@ def read_source(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
         return _procedural(folder, config)
     if (folder / ".gitattributes").is_file():
         return islice(_hub(folder, config), config.rows)
+    return islice(read_files(folder), config.rows)
+
+
+def read_files(folder: Path) -> Iterator[RawRow]:
+    """(where, row) pairs of the flat files in a folder, by name, streamed. Raises InputError as `read_source` does."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return islice((row for path in files for row in _file(path)), config.rows)
+    for path in files:
+        yield from _file(path)
 
 
 def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.data.chat import encode_prompt
+from stages.data.recorded import recorded
 from stages.models.load import LoadedPolicy
 from stages.rollouts.engine import Completion, generate
 from stages.rollouts.seeds import sample_seed
@@ -15,18 +16,6 @@ from stages.specs.common import Sampling
 Row = dict[str, Any]
 # A sample's record, with its prompt's place in the batch.
 Placed = tuple[int, Row]
-RECORDED = ("step", "sample", "completion", "length", "finish", "policy")
-
-
-def of_one_sample(column: str) -> bool:
-    """Whether a column of a rollouts dataset tells of one sample, not of its prompt."""
-    return column in (*RECORDED, "reward", "notes", "kl", "advantage") or column.startswith("rewards.")
-
-
-def recorded(row: Row, step: int, sample: int, completion: str, length: int | None, finish: str, policy: str) -> Row:
-    """A prompt's row with one sample of it, as a row of a rollouts dataset."""
-    given = {name: value for name, value in row.items() if name not in RECORDED}
-    return given | dict(zip(RECORDED, (step, sample, completion, length, finish, policy), strict=True))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stages.data.recorded import recorded
 from stages.models.endpoint import Body, Failure, Reply, ask, no_answers, request_body
-from stages.rollouts.sample import Placed, Row, recorded
+from stages.rollouts.sample import Placed, Row
 from stages.rollouts.seeds import sample_seed
 from stages.specs.common import Endpoint, Sampling
 

@@ -1,6 +1,7 @@
 """The stages by name, as the orchestrating side sees them: no torch here."""
 
 from stages.specs import (
+    answers,
     distill,
     evaluate,
     grpo,
@@ -9,6 +10,7 @@ from stages.specs import (
     ppo,
     preference,
     prepare,
+    questions,
     rejection,
     reward_model,
     sample,
@@ -18,7 +20,10 @@ from stages.specs.base import Config, Port, StageSpec
 
 STAGES: dict[str, StageSpec] = {
     module.SPEC.name: module.SPEC
-    for module in (prepare, sft, sample, label, rejection, reward_model, ppo, grpo, log_probs, preference, distill, evaluate)
+    for module in (
+        *(prepare, sft, sample, label, questions, answers, rejection, reward_model),
+        *(ppo, grpo, log_probs, preference, distill, evaluate),
+    )
 }
 
 __all__ = ["STAGES", "Config", "Port", "StageSpec"]
