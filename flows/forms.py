@@ -10,9 +10,11 @@ from typing import Any
 
 from prefect import Flow, flow
 from prefect.runtime import flow_run
+from prefect.states import Failed
 from pydantic import Field
 
 from flows.recipe import Recipe, parse
+from stages.errors import InputError
 from stages.specs.texts import FORM
 from tasks.execute import StepResult
 
@@ -28,14 +30,20 @@ def parameters(recipe: Recipe, from_step: str | None = None) -> dict[str, Any]:
 def recipe_flow(run: Callable[..., list[StepResult]]) -> Flow[..., list[StepResult]]:
     """Decorates a function of a recipe and `from_step` as the Prefect flow of its name.
 
-    Prefect draws its form by the signature, but does not validate by it: a recipe that is wrong ends the run at once, in the
-    words in which the command would refuse it.
+    Prefect draws its form by the signature, but does not validate by it: a recipe or reference that is wrong ends the run at
+    once, with the words in which the command would refuse it as its state's message.
     """
     kind: type[Recipe] = typing.get_type_hints(run)["recipe"]
 
     @functools.wraps(run)
-    def body(recipe: Any, from_step: str | None = None) -> list[StepResult]:
-        return run(recipe if isinstance(recipe, kind) else parse(kind, recipe, "recipe"), from_step or None)
+    def body(recipe: Any, from_step: str | None = None) -> Any:
+        if isinstance(recipe, kind):
+            return run(recipe, from_step or None)
+        try:
+            return run(parse(kind, recipe, "recipe"), from_step or None)
+        except InputError as error:
+            # Raised, it would stand behind Prefect's own words and a traceback.
+            return Failed(message=str(error))
 
     shown = {
         "recipe": (kind, Field(description=inspect.getdoc(kind), json_schema_extra={"title": "Recipe"})),

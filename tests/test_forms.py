@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -226,7 +225,7 @@ def test_the_form_says_at_the_field_what_is_wrong(change: Schema, said: Schema) 
 
 
 RUN = """
-import json, sys, time
+import json, sys
 from tasks.home import configure_environment
 from flows.server import start_prefect_server, wait_until_ready
 root = configure_environment()
@@ -235,23 +234,19 @@ from prefect import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from flows.rlhf import rlhf
-from flows.single import definition
-from tasks.store import Store
-Store(root)
 wait_until_ready(root)
 said = []
 with get_client(sync_client=True) as client:
-    for flow, values in zip((rlhf, definition("prepare").flow, rlhf), json.loads(sys.argv[1]), strict=True):
-        schema = flow.parameters.model_dump_for_openapi()
-        made = client.create_deployment(
-            client.create_flow(flow), name="form", parameter_openapi_schema=schema, enforce_parameter_schema=True
-        )
+    schema = rlhf.parameters.model_dump_for_openapi()
+    registered = client.create_flow(rlhf)
+    made = client.create_deployment(registered, "form", parameter_openapi_schema=schema, enforce_parameter_schema=True)
+    for values in json.loads(sys.argv[1]):
         try:
             run = client.create_flow_run_from_deployment(made, parameters=values)
         except PrefectHTTPStatusError as error:
             said.append(error.response.json()["detail"])
             continue
-        run_flow(flow, flow_run=run, parameters=run.parameters, return_type="state")
+        run_flow(rlhf, flow_run=run, parameters=run.parameters, return_type="state")
         run = client.read_flow_run(run.id)
         seconds = (run.end_time - run.start_time).total_seconds()
         said.append([run.name, run.state.name, run.state.message, seconds])
@@ -263,11 +258,9 @@ def test_a_run_that_the_form_cannot_refuse_fails_at_once_and_in_words(tmp_path: 
     _, recipe = recipe_of(ROOT / "tests" / "tiny" / "rlhf.yaml")
     good = parameters(recipe)["recipe"]
     both = good | {"grpo": {"rewards": [{"name": "format", "args": "a: ["}]}}
-    unknown = {"name": "web", "inputs": {"source": "datasets:/nothing/3"}, "prepare": {}}
-    given = [{"recipe": both}, {"recipe": unknown, "from_step": ""}, {"recipe": good | {"seed": "x"}}]
+    given = [{"recipe": both, "from_step": ""}, {"recipe": good | {"seed": "x"}}]
     ours = ("POSTTRAIN_", "PREFECT_", "MLFLOW_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(given)],
         cwd=ROOT,
@@ -276,11 +269,9 @@ def test_a_run_that_the_form_cannot_refuse_fails_at_once_and_in_words(tmp_path: 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    first, second, third = json.loads(done.stdout)
-    began = "Flow run encountered an exception: InputError: "
-    assert first[:2] == ["tiny", "Failed"]
-    assert first[2].startswith(f"{began}recipe: grpo.rewards.0.args: this is no list of names and values; write it as")
-    assert second[:3] == ["web", "Failed", f"{began}inputs.source: datasets:/nothing/3: no such dataset"]
-    assert third.startswith("Error creating flow run: Validation failed for field 'recipe.seed'. Failure reason: 'x' is not")
-    assert max(first[3], second[3]) < 2, f"after {time.monotonic() - started:.0f} s"
-    assert "ValidationError" not in done.stderr
+    (name, state, message, seconds), refused = json.loads(done.stdout)
+    assert (name, state) == ("tiny", "Failed")
+    assert message.startswith("recipe: grpo.rewards.0.args: this is no list of names and values; write it as `name: value")
+    assert seconds < 5, "within a second where nothing else runs"
+    assert refused.startswith("Error creating flow run: Validation failed for field 'recipe.seed'. Failure reason: 'x' is not")
+    assert "Traceback" not in done.stderr
