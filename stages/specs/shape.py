@@ -29,7 +29,7 @@ def shape(kind: type[BaseModel], schema: dict[str, Any], handler: GetJsonSchemaH
     for position, (name, field) in enumerate(kind.model_fields.items()):
         found = schema["properties"][name]
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel) and default != type(default)():
+        if isinstance(default, BaseModel) and not _usual(default):
             found = _with_defaults(found, default, handler)
         found = _optional(found, default, handler) if {"type": "null"} in found.get("anyOf", []) else found
         schema["properties"][name] = found | {"position": position}
@@ -37,7 +37,9 @@ def shape(kind: type[BaseModel], schema: dict[str, Any], handler: GetJsonSchemaH
 
 def _optional(found: dict[str, Any], default: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
     """A field that may be None: empty, or a switch."""
-    (kind,) = (branch for branch in found["anyOf"] if branch != {"type": "null"})
+    kind, *others = (branch for branch in found["anyOf"] if branch != {"type": "null"})
+    if others:
+        return found
     rest = {name: value for name, value in found.items() if name != "anyOf"}
     on = kind | {"title": "On"}
     if default is not None:
@@ -49,6 +51,15 @@ def _optional(found: dict[str, Any], default: Any, handler: GetJsonSchemaHandler
     return rest | {"type": within, "anyOf": [OFF, on], "if": {"type": within}, "then": kind}
 
 
+def _usual(value: BaseModel) -> bool:
+    """Whether it says nothing but the defaults of its class."""
+    every = type(value).model_fields.items()
+    return all(
+        not field.is_required() and getattr(value, name) == field.get_default(call_default_factory=True)
+        for name, field in every
+    )
+
+
 def _with_defaults(found: dict[str, Any], default: BaseModel, handler: GetJsonSchemaHandler) -> dict[str, Any]:
     """A config's schema with the defaults of one of its values in place of its class's."""
     values = default.model_dump(mode="json", context=FORM)
@@ -56,7 +67,7 @@ def _with_defaults(found: dict[str, Any], default: BaseModel, handler: GetJsonSc
     for name in type(default).model_fields:
         inner = getattr(default, name)
         if isinstance(inner, BaseModel):
-            if inner != type(inner)():
+            if not _usual(inner):
                 made["properties"][name] = _with_defaults(made["properties"][name], inner, handler)
         elif values[name] is not None or "default" in made["properties"][name]:
             made["properties"][name]["default"] = values[name]
