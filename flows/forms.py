@@ -11,12 +11,12 @@ from typing import Any
 from prefect import Flow, flow
 from prefect.runtime import flow_run
 from prefect.states import Failed
+from prefect.utilities.callables import parameter_docstrings
 from pydantic import Field
 
 from flows.recipe import Recipe, parse
 from stages.errors import InputError
 from stages.specs.texts import FORM
-from tasks.execute import StepResult
 
 FROM_STEP = "Compute this step and what follows from it again, though they are there; empty: nothing that is there."
 
@@ -27,31 +27,38 @@ def parameters(recipe: Recipe, from_step: str | None = None) -> dict[str, Any]:
     return said | {"from_step": from_step} if from_step else said
 
 
-def recipe_flow(run: Callable[..., list[StepResult]]) -> Flow[..., list[StepResult]]:
-    """Decorates a function of a recipe and `from_step` as the Prefect flow of its name.
+def recipe_flow(run: Callable[..., Any]) -> Flow[..., Any]:
+    """Decorates a function of a recipe and of texts that may be None, such as `from_step`, as the Prefect flow of its name.
 
     Prefect draws its form by the signature, but does not validate by it: a recipe or reference that is wrong ends the run at
-    once, with the words in which the command would refuse it as its state's message.
+    once, with the words in which the command would refuse it as its state's message. The help of a text is what the docstring
+    says under `Args:`.
     """
     kind: type[Recipe] = typing.get_type_hints(run)["recipe"]
 
     @functools.wraps(run)
-    def body(recipe: Any, from_step: str | None = None) -> Any:
+    def body(recipe: Any, *texts: str | None, **named: str | None) -> Any:
+        given = [text or None for text in texts], {name: text or None for name, text in named.items()}
         if isinstance(recipe, kind):
-            return run(recipe, from_step or None)
+            return run(recipe, *given[0], **given[1])
         try:
-            return run(parse(kind, recipe, "recipe"), from_step or None)
+            return run(parse(kind, recipe, "recipe"), *given[0], **given[1])
         except InputError as error:
             # Raised, it would stand behind Prefect's own words and a traceback.
             return Failed(message=str(error))
 
-    shown = {
-        "recipe": (kind, Field(description=inspect.getdoc(kind), json_schema_extra={"title": "Recipe"})),
-        "from_step": (str, Field(default="", description=FROM_STEP, json_schema_extra={"title": "From step"})),
-    }
+    helps = {"from_step": FROM_STEP} | parameter_docstrings(inspect.getdoc(run) or "")
+
+    def shown(name: str) -> tuple[Any, Any]:
+        title: dict[str, Any] = {"title": name.replace("_", " ").capitalize()}
+        if name == "recipe":
+            return kind, Field(json_schema_extra=title)
+        return str, Field(default="", description=helps[name], json_schema_extra=title)
+
     fields = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation, default=field)
-        for name, (annotation, field) in shown.items()
+        parameter.replace(annotation=annotation, default=field)
+        for name, parameter in inspect.signature(run).parameters.items()
+        for annotation, field in (shown(name),)
     ]
     vars(body)["__signature__"] = inspect.Signature(fields)
     return flow(name=run.__name__, flow_run_name=_run_name, persist_result=False, validate_parameters=False)(body)

@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from test_specs import REQUIRED, reachable
 
 from flows.cli import PIPELINES, _definition
-from flows.forms import parameters
+from flows.forms import parameters, recipe_flow
 from flows.inputs import EXAMPLES, Inputs, kinds
 from flows.recipe import config_type, parse, read_recipe
+from flows.rlhf import RlhfRecipe
 from stages.specs import STAGES, Config
 
 FLOWS = [*PIPELINES, *STAGES]
@@ -222,6 +223,32 @@ def test_the_form_says_at_the_field_what_is_wrong(change: Schema, said: Schema) 
 
     found = nested(answer)
     assert fits(found, {"recipe": said}), found
+
+
+def test_a_flow_may_take_further_texts() -> None:
+    """Which Prefect sends by name and a caller by place or name, the empty one as None."""
+
+    def more(recipe: RlhfRecipe, from_step: str | None = None, labels: str | None = None) -> Any:
+        """Run.
+
+        Args:
+            labels: A file of labels.
+        """
+        return recipe.name, from_step, labels
+
+    made = recipe_flow(more)
+    shown = parameter_schema(made.fn).properties
+    assert shown["labels"] == {
+        "title": "Labels",
+        "type": "string",
+        "default": "",
+        "description": "A file of labels.",
+        "position": 2,
+    }
+    _, recipe = recipe_of(ROOT / "tests" / "tiny" / "rlhf.yaml")
+    assert made.fn(recipe, None, "x") == made.fn(recipe, labels="x", from_step="") == ("tiny", None, "x")
+    assert made.fn(parameters(recipe)["recipe"]) == ("tiny", None, None)
+    assert made.fn({"name": "web", "inputs": {}}).message.startswith("recipe: demonstrations is missing: Prepares the dem")
 
 
 RUN = """
