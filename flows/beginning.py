@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pydantic import Field
 
+from flows.inputs import BeginningInputs
 from flows.recipe import Recipe
-from stages.artifacts import Kind
 from stages.specs.label import LabelConfig
 from stages.specs.prepare import PrepareConfig
 from stages.specs.sample import SampleConfig
@@ -25,18 +24,12 @@ from tasks.pipeline import Outputs, Pipeline, Source
 
 
 class BeginningRecipe(Recipe):
-    """Inputs: `model` (a base, or `init:` with the steps corpus and base), `corpus`, `demonstrations`, `prompts`,
-    `preferences` (not needed with the steps samples and labels). Preferences alone are enough: what is not given of
-    `demonstrations` and `prompts` is made of them, by a step whose `form` says so."""
+    """Preferences alone are enough as inputs: what is not given of `demonstrations` and `prompts` is made of them, by a step
+    whose `form` says so."""
 
-    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
-        "model": "model",
-        "corpus": "dataset",
-        "demonstrations": "dataset",
-        "prompts": "dataset",
-        "preferences": "dataset",
-    }
-
+    inputs: BeginningInputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=BeginningInputs, title="Inputs", description="What the steps begin with, by reference."
+    )
     corpus: PrepareConfig | None = Field(
         default=None, title="corpus", description="Prepares the corpus of a base model made here."
     )

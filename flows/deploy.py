@@ -30,6 +30,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.cli import PIPELINES
 from flows.control import CONTROL, POOLS
+from flows.forms import parameters
 from flows.recipe import Recipe
 from flows.step import step
 from stages.specs import STAGES
@@ -78,9 +79,9 @@ def deployment(
     flow: Flow[..., Any], name: str, recipe: Recipe | None = None, schedule: Schedule | None = None
 ) -> RunnerDeployment:
     """A pipeline's deployment, its form filled in from a recipe; a schedule's run is skipped while the one before goes on."""
-    parameters = {} if recipe is None else {"recipe": recipe.model_dump(mode="json")}
+    given = {} if recipe is None else parameters(recipe)
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW) if schedule else None
-    fields = {"parameters": parameters, "schedule": schedule, "concurrency_limit": limit}
+    fields = {"parameters": given, "schedule": schedule, "concurrency_limit": limit}
     return on_pool(flow, CONTROL, name=name, tags=[OURS_TAG, PIPELINE_TAG], **fields)
 
 
@@ -98,8 +99,7 @@ def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None 
 
 def start(flow: Flow[..., Any], recipe: Recipe, from_step: str | None = None) -> str:
     """Start a recipe on the pool `control`; the address of its flow run's page."""
-    parameters = {"recipe": recipe.model_dump(mode="json"), "from_step": from_step}
-    run = run_deployment(f"{flow.name}/{flow.name}", parameters=parameters, timeout=0)
+    run = run_deployment(f"{flow.name}/{flow.name}", parameters=parameters(recipe, from_step), timeout=0)
     assert isinstance(run, FlowRun)
     return url_for(run) or str(run.id)
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import flow
 from pydantic import Field, model_validator
 
 from flows.beginning import Beginning, BeginningRecipe, begin, both, prepared
+from flows.forms import recipe_flow
 from flows.iterations import again
 from flows.runner import Definition, run_pipeline
 from stages.artifacts import digest_of
@@ -76,7 +76,7 @@ class Method(Config):
 
 
 class DpoRecipe(BeginningRecipe):
-    """Inputs: those of every beginning."""
+    """SFT, then methods that learn from preferences without RL; every model is measured on held-out prompts."""
 
     preference: PreferenceConfig = Field(
         title="preference", description="How every method trains, but for what the method says itself."
@@ -207,7 +207,7 @@ def _log_probs(road: Road, config: PreferenceConfig) -> dict[str, Source]:
     return road.log_probs[form]
 
 
-@flow(name="dpo", flow_run_name="{recipe.name}", persist_result=False)
+@recipe_flow
 def dpo(recipe: DpoRecipe, from_step: str | None = None) -> list[StepResult]:
     """Run the pipeline; `from_step` recomputes that step and what follows from it."""
     results = run_pipeline(recipe, steps, from_step)

@@ -16,17 +16,16 @@ Every step can be left out, or entered from what is saved: an input named as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
-from prefect import flow
 from pydantic import Field, model_validator
 
+from flows.forms import recipe_flow
+from flows.inputs import R1Inputs
 from flows.iterations import iteration
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
-from stages.artifacts import Kind
 from stages.specs.base import Config
 from stages.specs.distill import DistillConfig
 from stages.specs.evaluate import EvaluateConfig
@@ -40,26 +39,16 @@ from stages.specs.sft import SftConfig
 from tasks.execute import StepResult
 from tasks.pipeline import Outputs, Pipeline, Source
 
-# What a step may be replaced by.
-POLICIES = ("base", "zero", "cold_start", "reasoning", "sft", "second", "student_base", "helpful", "harmless")
-DATASETS = ("cold_start_data", "accepted")
-
 
 class R1Recipe(Recipe):
-    """Inputs: `model` (a base, or `init:` with the steps corpus and base), `student` likewise, `corpus`, `prompts`, `general`
-    and `general_demonstrations`; and, in place of a step of that name, a saved model or dataset."""
+    """R1-Zero, a cold start, reasoning RL, rejection sampling and SFT, a second RL, distillation: any of these steps, or what
+    is saved in its place."""
 
-    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
-        "model": "model",
-        "student": "model",
-        "corpus": "dataset",
-        "prompts": "dataset",
-        "general": "dataset",
-        "general_demonstrations": "dataset",
-        **dict.fromkeys(POLICIES, "model"),
-        **dict.fromkeys(DATASETS, "dataset"),
-    }
-
+    inputs: R1Inputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=R1Inputs,
+        title="Inputs",
+        description="What the road begins with, by reference; and, in place of a step of that name, a saved model or dataset.",
+    )
     corpus: PrepareConfig | None = Field(
         default=None, title="corpus", description="Prepares the corpus of base models made here."
     )
@@ -293,7 +282,7 @@ def _student(road: Road, corpus: Outputs | None, accepted: Source, teacher: Sour
         road.measured("student_rl", _grpo(road, "student_rl", student))
 
 
-@flow(name="r1", flow_run_name="{recipe.name}", persist_result=False)
+@recipe_flow
 def r1(recipe: R1Recipe, from_step: str | None = None) -> list[StepResult]:
     """Run the pipeline; `from_step` recomputes that step and what follows from it."""
     return run_pipeline(recipe, steps, from_step)

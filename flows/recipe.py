@@ -7,52 +7,33 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 
+from flows.inputs import Inputs, kinds
+from flows.pools import Pools
 from stages.artifacts import Kind
 from stages.errors import InputError
-from stages.specs import STAGES
 from stages.specs.base import Config
 from stages.specs.common import UNSAID
 from tasks.launch import Launch
 
 
-class _Pools(Config):
-    """Work pools by stage."""
-
-    def of(self, stage: str) -> str | None:
-        """The pool that runs a stage; None: the pipeline's own process."""
-        return getattr(self, stage) or self.default
-
-
-Pools = create_model(
-    "Pools",
-    __base__=_Pools,
-    **{name: (str | None, Field(default=None, title=name, description="Work pool")) for name in ("default", *STAGES)},
-)
-
-
 class Recipe(Config):
     """What every recipe has. Its other fields are one config a step."""
-
-    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {}
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][\w-]*$",
         title="Name",
-        description="Prefix of the artifacts' names; the file's name when it is not given.",
+        description="Prefix of the artifacts' names: letters, digits, _ and -. A file's recipe has its file's name, if none.",
     )
     seed: int = Field(default=0, title="Seed", description="Seed of every step that does not set its own.")
-    inputs: dict[str, str] = Field(
-        default_factory=dict,
-        title="Inputs",
-        description="References by name, e.g. model: org/name, ./folder, models:/NAME/3; data: ./rows.jsonl, procedural:NAME.",
-    )
+    inputs: Inputs = Field(default_factory=Inputs, title="Inputs", description="What the steps begin with, by reference.")
     launch: Launch = Field(default_factory=Launch, title="Launch", description="How stages are started.")
-    pools: Pools = Field(default_factory=lambda: Pools(), title="Pools", description="The work pools that run the stages.")
+    pools: Pools = Field(default_factory=Pools, title="Pools", description="Where stages run.")
 
     @model_validator(mode="before")
     @classmethod
@@ -63,24 +44,33 @@ class Recipe(Config):
         filled = dict(values)
         for name, value in values.items():
             kind = config_type(cls.model_fields[name].annotation) if name in cls.model_fields else None
-            if isinstance(value, dict) and kind is not None and "seed" in kind.model_fields:
-                filled[name] = {"seed": values.get("seed", 0), **value}
+            if isinstance(value, dict) and kind is not None and "seed" in kind.model_fields and value.get("seed") is None:
+                filled[name] = value | {"seed": values.get("seed", 0)}
         return filled
 
-    @model_validator(mode="after")
-    def _inputs(self) -> Recipe:
-        for name in self.given():
-            if name not in self.INPUT_KINDS:
-                raise ValueError(f"inputs: {name!r} is not an input of this flow{near(name, self.INPUT_KINDS)}")
-        return self
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        fields = handler.resolve_ref_schema(schema)["properties"]
+        # The steps come before what no result depends on.
+        for name in ("launch", "pools"):
+            fields[name]["position"] += len(fields)
+        for name in cls.model_fields:
+            step = fields[name].get("then", fields[name])
+            within = handler.resolve_ref_schema(step).get("properties", {}) if name != "inputs" else {}
+            # A form sends every default that it shows, and a step's would hide the recipe's seed.
+            if within.get("seed", {}).pop("default", None) is not None:
+                within["seed"]["description"] += " Empty: the recipe's."
+        return schema
 
     def given(self) -> dict[str, str]:
-        """The inputs that are given: a recipe's class may name them as fields of a model instead of a mapping."""
+        """The inputs that are given."""
         return {name: reference for name, reference in dict(self.inputs).items() if reference}
 
     def references(self) -> dict[str, tuple[str, Kind]]:
-        """The inputs with what kind each is."""
-        return {name: (reference, self.INPUT_KINDS[name]) for name, reference in self.given().items()}
+        """The inputs that are given, with what kind each is."""
+        every = kinds(type(self.inputs))
+        return {name: (reference, every[name]) for name, reference in self.given().items()}
 
 
 def config_type(annotation: Any) -> type[BaseModel] | None:
@@ -162,7 +152,8 @@ def parse(kind: type[R], values: Mapping[str, Any], where: str) -> R:
     try:
         return kind.model_validate({name: value for name, value in values.items() if name != "flow"})
     except ValidationError as error:
-        raise InputError("\n".join(f"{where}: {explain(kind, problem)}" for problem in error.errors())) from error
+        # Without its cause, which says every value that was given: logs would show it.
+        raise InputError("\n".join(f"{where}: {explain(kind, problem)}" for problem in error.errors())) from None
 
 
 def explain(kind: type[BaseModel], problem: Any) -> str:

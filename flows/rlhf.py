@@ -23,15 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
-from prefect import flow
 from pydantic import Field, model_validator
 
 from flows.beginning import BeginningRecipe, begin, both, prepare, prepared
+from flows.forms import recipe_flow
+from flows.inputs import RlhfInputs
 from flows.iterations import again, iteration
 from flows.runner import Definition, run_pipeline
-from stages.artifacts import Kind
 from stages.rewards import REWARDS
 from stages.specs.evaluate import EvaluateConfig
 from stages.specs.grpo import GrpoConfig
@@ -44,10 +44,11 @@ from tasks.pipeline import Pipeline, Source
 
 
 class RlhfRecipe(BeginningRecipe):
-    """Inputs: those of every beginning, and `ptx` (needed with ppo.ptx alone)."""
+    """SFT, a reward model of preferences, and PPO or GRPO against it; every model is measured on held-out prompts."""
 
-    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {**BeginningRecipe.INPUT_KINDS, "ptx": "dataset"}
-
+    inputs: RlhfInputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=RlhfInputs, title="Inputs", description="What the steps begin with, by reference."
+    )
     dpo: PreferenceConfig | None = Field(
         default=None,
         title="dpo",
@@ -119,7 +120,7 @@ class RlhfRecipe(BeginningRecipe):
             )
         if not self.rates_steps and self.measures_steps:
             raise ValueError("evaluate.rewards name process_model, which the recipe does not make: grpo.rewards do not name it")
-        if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or "ptx" in self.inputs):
+        if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or self.inputs.ptx):
             raise ValueError(
                 "the recipe gives demonstrations for PPO-ptx, but ppo.ptx, which says how to mix them in, is not set"
             )
@@ -230,7 +231,7 @@ def _relabelled(
     return {**learnt_from, "train": preferences, **more}
 
 
-@flow(name="rlhf", flow_run_name="{recipe.name}", persist_result=False)
+@recipe_flow
 def rlhf(recipe: RlhfRecipe, from_step: str | None = None) -> list[StepResult]:
     """Run the pipeline; `from_step` recomputes that step and what follows from it."""
     return run_pipeline(recipe, steps, from_step)

@@ -7,23 +7,18 @@ knows no step or recipe: what a pipeline computed from the same config and input
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from prefect import Flow, flow
+from prefect import Flow
 from pydantic import Field, create_model
 
+from flows.forms import recipe_flow
+from flows.inputs import Inputs, reference
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
-from stages.artifacts import Kind
-from stages.specs import STAGES, Config, Port, StageSpec
+from stages.specs import STAGES, Port, StageSpec
 from tasks.execute import StepResult
 from tasks.pipeline import Pipeline
-
-EXAMPLES: Mapping[Kind, str] = {
-    "model": "models:/NAME/VERSION, org/name, ./folder",
-    "dataset": "datasets:/NAME/VERSION, org/name, ./rows.jsonl",
-}
 
 
 class StageRecipe(Recipe):
@@ -43,40 +38,31 @@ def recipe_of(spec: StageSpec) -> type[StageRecipe]:
     title = spec.name.replace("_", " ").capitalize()
     needed = ", ".join(name for name, port in spec.inputs.items() if port.required)
     ports: dict[str, Any] = {name: _port(name, port) for name, port in spec.inputs.items()}
-    # A class instead of Recipe's mapping: the form then has a field a port, and one that is missing is named.
-    inputs = create_model(f"{title} inputs", __base__=Config, **ports)
+    inputs = create_model(f"{title} inputs", __base__=Inputs, __doc__="What the stage reads.", **ports)
     fields: dict[str, Any] = {
         "inputs": (inputs, Field(title="Inputs", description=f"References, of {needed} at least.")),
         spec.name: (spec.config, Field(title=title, description="The stage's config.")),
     }
-    made = create_model(f"{title} recipe", __base__=StageRecipe, **fields)
-    made.SPEC, made.INPUT_KINDS = spec, {name: port.kind for name, port in spec.inputs.items()}
+    made = create_model(f"{title} recipe", __base__=StageRecipe, __doc__=f"The stage {spec.name} by itself.", **fields)
+    made.SPEC = spec
     return made
 
 
 def _port(name: str, port: Port) -> Any:
-    about = f"A {port.kind}: {EXAMPLES[port.kind]}."
-    if port.required:
-        return str, Field(title=name, description=about)
-    return str | None, Field(default=None, title=name, description=about)
+    return str if port.required else str | None, reference(port.kind, name, required=port.required)
 
 
 def flow_of(kind: type[StageRecipe]) -> Flow[..., list[StepResult]]:
     """The Prefect flow of a stage's recipe."""
 
     def run(recipe: StageRecipe, from_step: str | None = None) -> list[StepResult]:
-        """Run one stage.
-
-        Args:
-            recipe: The stage's inputs and config.
-            from_step: The stage's name computes it again though it is there.
-        """
+        """Run one stage; `from_step`, the stage's name, computes it again though it is there."""
         return run_pipeline(recipe, steps, from_step)
 
-    # Prefect reads the parameters' form from the annotations.
+    # The form is made of the annotations.
     run.__annotations__["recipe"] = kind
     run.__name__ = run.__qualname__ = kind.SPEC.name
-    return flow(name=kind.SPEC.name, flow_run_name="{recipe.name}", persist_result=False)(run)
+    return recipe_flow(run)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def test_set_reads_other_values() -> None:
         ("sft.loss_on=words", r"sft.loss_on: .*'completion' or 'all'"),
         ("labels.form=steps", r"labels: form: steps needs a `reward` that rates steps, .* which are for comparisons$"),
         ("evaluate.verifier.name=anser", r"no reward is named 'anser'; there are answer"),
-        ("inputs.promts=./x", r"'promts' is not an input of this flow; did you mean prompts\?"),
+        ("inputs.promts=./x", r"unknown key inputs.promts; did you mean prompts\?"),
         ("name=a/b", r"name: .*pattern"),
     ],
 )

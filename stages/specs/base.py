@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from stages.artifacts import Kind, digest_of
+from stages.specs.shape import shape
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
@@ -29,6 +31,12 @@ class Config(BaseModel):
             return values
         defaults = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
         return {name: _laid_over(defaults.get(name), value) for name, value in values.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        shape(cls, handler.resolve_ref_schema(schema), handler)
+        return schema
 
     def identity(self) -> dict[str, Any]:
         """The fields that can change the result, as JSON values; operational ones are left out at every depth."""

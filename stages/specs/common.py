@@ -6,15 +6,24 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from stages.specs.base import OPERATIONAL, Config, Port
+from stages.specs.texts import Arguments, Texts
 
 Dtype = Literal["float32", "bfloat16"]
 Reduce = Literal["min", "product", "mean", "last"]
 # Errors of these types do not repeat what was given: it may be a key.
-UNSAID = ("secret_ref", "reward_arguments")
+UNSAID = ("secret_ref", "reward_arguments", "text_mapping")
 # The models that the parts of a mixed reward read (`RewardEntry.ports`), as inputs of the stages that mix rewards.
 JUDGES = {
     name: Port("model", required=False)
@@ -73,7 +82,10 @@ class LoRA(Config):
         title="Alpha",
         description="B A is multiplied by alpha / rank, so that the best learning rate hardly depends on the rank.",
     )
-    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+    targets: (
+        Annotated[Literal["all-linear"], Field(title="All")]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, title="By name")]
+    ) = Field(
         default="all-linear",
         title="Targets",
         description="The layers that get adapters, by the ends of their names, such as [q_proj, v_proj]; all-linear: every "
@@ -117,10 +129,11 @@ class Endpoint(Config):
         description="The environment variable that holds the key; unset for servers that ask for none.",
         json_schema_extra=OPERATIONAL,
     )
-    extra_body: dict[str, JsonValue] = Field(
+    extra_body: Arguments = Field(
         default_factory=dict,
         title="Further fields",
-        description="Fields of a request beside the usual ones, or in their place (reasoning_effort: low); null: left out.",
+        description="Fields of a request beside the usual ones, or in their place, as name: value, name: value "
+        "(reasoning_effort: low); null: left out.",
     )
     timeout: float = Field(
         default=120.0, gt=0, title="Timeout", description="Seconds to wait for an answer.", json_schema_extra=OPERATIONAL
@@ -187,7 +200,9 @@ class RewardRef(Config):
     PORTS: ClassVar[Sequence[str]] = ()
 
     name: str = Field(title="Reward", description="A name registered in stages/rewards.")
-    args: dict[str, JsonValue] = Field(default_factory=dict, title="Arguments", description="Keyword arguments of the reward.")
+    args: Arguments = Field(
+        default_factory=dict, title="Arguments", description="Of the reward, as name: value, name: value (part: answer)."
+    )
     timeout: float = Field(
         default=10.0,
         gt=0,
@@ -220,6 +235,15 @@ class RewardRef(Config):
             raise PydanticCustomError("reward_arguments", "{wrong}", {"wrong": "; ".join(wrong)}) from None
         return args
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        from stages.rewards import REWARDS
+
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        known = sorted(name for name, entry in REWARDS.items() if set(entry.ports.values()) <= set(cls.PORTS))
+        handler.resolve_ref_schema(schema)["properties"]["name"]["enum"] = known
+        return schema
+
     def identity(self) -> dict[str, Any]:
         from stages.rewards import REWARDS
 
@@ -237,10 +261,10 @@ class WeightedReward(RewardRef):
     PORTS: ClassVar[Sequence[str]] = tuple(JUDGES)
 
     weight: float = Field(default=1.0, title="Weight", description="Of this part in the sum; 0: it is only reported.")
-    where: dict[str, str] = Field(
+    where: Texts = Field(
         default_factory=dict,
         title="Where",
-        description="Column: value; only for rows whose column, as text, is this. Empty: for all rows.",
+        description="column: value, column: value (domain: general): only for rows with these, as text. Empty: for all rows.",
     )
     label: str | None = Field(
         default=None,

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.specs.base import Config, Port, StageSpec
+from stages.specs.texts import Texts
 
 
 class Filters(Config):
@@ -30,8 +31,10 @@ class Filters(Config):
     max_completion_chars: int | None = Field(
         default=None, ge=1, title="Longest completion", description="Drop rows with a completion, chosen or rejected of more."
     )
-    equals: dict[str, str] = Field(
-        default_factory=dict, title="Keep where", description="Column: value; rows whose column, as text, differs are dropped."
+    equals: Texts = Field(
+        default_factory=dict,
+        title="Keep where",
+        description="column: value, column: value (lang: en): rows whose column, as text, differs are dropped.",
     )
 
 
@@ -48,10 +51,11 @@ class PrepareConfig(Config):
         description="Config name of a hub dataset that has several, or the folder of it to read (HH-RLHF: harmless-base).",
     )
     split: str = Field(default="train", title="Hub split", description="Split of a hub dataset that has several.")
-    columns: dict[str, str] = Field(
+    columns: Texts = Field(
         default_factory=dict,
         title="Columns",
-        description="Canonical name: name in the source, e.g. prompt: question. Other columns are kept as they are.",
+        description="canonical name: name in the source, and so on (prompt: question, completion: answer). Others are kept as "
+        "they are.",
     )
     chat: bool = Field(
         default=False, title="As chat", description="Make a text prompt one user message, so that the chat template applies."
@@ -66,10 +70,10 @@ class PrepareConfig(Config):
         description="Text around each text prompt, which takes the place of {prompt}; r1-zero: DeepSeek-R1-Zero's, for base "
         "models without a chat template (rl4llm, table 1).",
     )
-    constants: dict[str, str] = Field(
+    constants: Texts = Field(
         default_factory=dict,
         title="Constants",
-        description="Column: value; every row gets it, such as domain: general, by which rewards can then be chosen.",
+        description="column: value, column: value; every row gets them. domain: general, say: rewards can be chosen by it.",
     )
     extract: Literal["none", "gsm8k"] = Field(
         default="none",
