@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import UUID
 
-from prefect import Flow
+from prefect import Flow, get_client
+from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 
 from flows.recipe import Recipe
@@ -14,9 +16,11 @@ from stages.artifacts import Dataset, Model
 from tasks import display
 from tasks.execute import StepResult
 from tasks.home import configure_environment, server
-from tasks.live import Live
+from tasks.live import Live, Table
 from tasks.pipeline import Pipeline, resolve_inputs
 from tasks.store import Store
+
+LOSSES = 5
 
 R = TypeVar("R", bound=Recipe)
 Steps = Callable[[Pipeline, R], None]
@@ -34,15 +38,32 @@ class Definition:
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:
     """Run a recipe's steps inside a Prefect flow run."""
     store = Store(configure_environment())
+    refuse_endless()
     pipeline_id = str(flow_run.id)
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
     # A missing input or an unknown step shows here, before anything is computed.
     _plan(store, recipe, steps, inputs, from_step)
-    if server() is not None and isinstance(display.current, display.Quiet):
-        display.current = Live()
     pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, recipe.pools.of, from_step=from_step)
+    if server() is not None:
+        pipeline.tell = Table(store, recipe.name)
+        if isinstance(display.current, display.Quiet):
+            display.current = Live()
     steps(pipeline, recipe)
     return pipeline.results
+
+
+def refuse_endless() -> None:
+    """Raise RuntimeError when this flow run's process was lost again and again: starting it once more would not help."""
+    if server() is None:
+        return
+    with get_client(sync_client=True) as client:
+        states = sorted(client.read_flow_run_states(UUID(str(flow_run.id))), key=lambda state: state.timestamp)
+    losses = 0
+    for state in states:
+        # A person who starts a failed run again has it begin anew.
+        losses = 0 if state.type == StateType.FAILED else losses + (state.type == StateType.CRASHED)
+    if losses >= LOSSES:
+        raise RuntimeError(f"its process was lost {losses} times; look in the workers' logs why, then start it again")
 
 
 def plan_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> Pipeline:

@@ -11,7 +11,7 @@ from pathlib import Path
 from prefect import task
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle, Kind
@@ -22,9 +22,10 @@ from stages.run import Event
 from stages.specs import StageSpec
 from tasks import display
 from tasks.dispatch import dispatch
-from tasks.home import configure_environment
+from tasks.home import configure_environment, server
 from tasks.launch import launch
 from tasks.lease import Held, LeaseLostError, lease
+from tasks.live import link
 from tasks.plan import StepCall, examine, has_progress, unfinished_run
 from tasks.plots import rl_curves
 from tasks.preference_plots import preference_curves
@@ -45,6 +46,7 @@ class StepResult(BaseModel):
     reason: str
     run_id: str
     metrics: dict[str, float]
+    headline: str = ""
     artifacts: dict[str, Handle]
     plot: str | None = None
     page: str | None = None
@@ -65,6 +67,7 @@ def execute(call: StepCall) -> StepResult:
         reason=reason,
         run_id=published.run_id,
         metrics=published.metrics,
+        headline=headline(call.spec(), published.metrics),
         artifacts=published.outputs,
         plot=None if plot is None else str(plot),
         page=_page(store, published),
@@ -142,6 +145,8 @@ def _compute(store: Store, call: StepCall, key: str, held: Held) -> Status:
         store.reopen(run_id)
     status: Status = "resumed" if has_progress(store, run_id) else "ran"
     folder = store.root / "runs" / run_id
+    if server() is not None and flow_run.id is not None:
+        link(store, run_id, call.name)
     recorder, states = Recorder(store, run_id), States(store, run_id, folder)
 
     def listener(event: Event) -> None:

@@ -7,7 +7,7 @@ step that would run are `Pending`, and what depends on them would run too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from uuid import UUID
@@ -59,6 +59,7 @@ class Pipeline:
     pipeline_id: str
     launch: Launch = field(default_factory=Launch)
     pool_of: Callable[[str], str | None] = lambda _: None
+    tell: Callable[[Sequence[StepResult]], None] = lambda _: None
     only_plan: bool = False
     from_step: str | None = None
     results: list[StepResult] = field(default_factory=list)
@@ -113,6 +114,7 @@ class Pipeline:
             cast(StepCall, quote(call)), wait_for=[_completed(task_run) for task_run in sorted(made_by)]
         )
         self.results.append(result)
+        self.tell(self.results)
         self._makers |= {made.uri: result.task_run for made in result.artifacts.values() if result.task_run}
         if redo:
             self._redone |= {made.uri for made in result.artifacts.values()}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from stages.specs import STAGES
 from tasks.display import print_wide
-from tasks.execute import StepResult, headline, headline_names, number
+from tasks.execute import StepResult, headline_names, number
 from tasks.plan import Plan
 from tasks.store import Store
 
@@ -21,7 +21,7 @@ def print_results(console: Console, recipe: str, results: Sequence[StepResult]) 
     for column in ("step", "what", "seconds", "held-out numbers", "artifacts"):
         table.add_column(column, justify="right" if column == "seconds" else "left")
     for result in results:
-        numbers = headline(STAGES[result.stage], result.metrics).replace("  ", "\n")
+        numbers = result.headline.replace("  ", "\n")
         artifacts = "\n".join(str(made) for made in result.artifacts.values())
         table.add_row(result.name, result.status, f"{result.seconds:.1f}", numbers, artifacts)
     print_wide(console, table)
