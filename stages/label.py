@@ -3,7 +3,8 @@ labels of each, as one gives who reads it step by step.
 
     score s_k of each completion: a reward, a verifier, or a learned reward model
     what the annotator sees:      o_k = s_k + noise * g_k,    g_k standard Gumbel
-    pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected)
+    pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected); `segments` adds the
+                                  steps of both, as the reward rates them, for 2D-DPO
     rankings:                     by falling o
     steps:                        of each completion that the reward rates by steps, these and their scores, from 0 to 1
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from stages.artifacts import digest_of
 from stages.data.grouping import together
-from stages.data.labels import TYPES
+from stages.data.labels import segment_columns, types_of
 from stages.data.parquet import RowWriter, read_schema
 from stages.data.schemas import labelled_steps, row_id
 from stages.data.steps import pieces
@@ -63,7 +64,7 @@ def label(
         _require_nothing_else(config, reward_model)
         _columns(samples, "samples")
         labelled = _against(_demonstrations(run, demonstrations), together(run.rows(samples)), counts)
-    types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
+    types = {field.name: field.type for field in read_schema(samples)} | types_of(config)
     train, heldout = (RowWriter(run.output(name), types=types) for name in ("train", "heldout"))
     for row in labelled:
         (heldout if _held_out(config, row) else train).add(row)
@@ -71,6 +72,8 @@ def label(
     what, advice = WORDS[config.form == "steps"]
     if not any(made.values()):
         raise InputError(f"no {what} came of the samples ({dict(counts)}): {advice}?")
+    if config.segments and counts["pairs without segments"] == sum(made.values()):
+        raise InputError(f"no pair has segments ({dict(counts)}): does the reward rate steps?")
     if not made["rows_train"]:
         raise InputError(f"all {made['rows_heldout']} {what}s were held out: lower heldout, or sample more prompts")
     run.table(f"{what}s", [{"what": one, "number": count} for one, count in counts.items()])
@@ -192,12 +195,17 @@ def _pairs(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -
         counts["turned by noise"] += better.value < worse.value
         chosen, rejected = better.row, worse.row
         pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
-        yield _row(chosen, pair | {"margin": better.seen - worse.seen}) | {
+        labelled = _row(chosen, pair | {"margin": better.seen - worse.seen}) | {
             "chosen_score": better.value,
             "rejected_score": worse.value,
             "chosen_finish": chosen.get("finish"),
             "rejected_finish": rejected.get("finish"),
         }
+        if config.segments:
+            where = f"the reward's steps of a pair of the row with id {chosen['id']!r}"
+            labelled |= segment_columns(pair, better.score, worse.score, where)
+            counts["pairs without segments"] += labelled["chosen_ends"] is None
+        yield labelled
 
 
 def _ranking(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
