@@ -3,7 +3,8 @@ labels of each, as one gives who reads it step by step.
 
     score s_k of each completion: a reward, a verifier, or a learned reward model
     what the annotator sees:      o_k = s_k + noise * g_k,    g_k standard Gumbel
-    pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected)
+    pairs:                        the one with the larger o is chosen; margin = o(chosen) - o(rejected); `segments` adds the
+                                  steps of both, as the reward rates them, for 2D-DPO
     rankings:                     by falling o
     steps:                        of each completion that the reward rates by steps, these and their scores, from 0 to 1
 
@@ -17,19 +18,22 @@ sample k to demonstration k modulo their number.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from stages.artifacts import digest_of
 from stages.data.grouping import together
-from stages.data.labels import PAIR_TYPES, answers_alone, completion_columns, preference_row, write_split
+from stages.data.labels import (
+    answers_alone,
+    completion_columns,
+    preference_row,
+    segment_columns,
+    types_of,
+    write_split,
+)
 from stages.data.parquet import read_schema
 from stages.data.recorded import sample_number
 from stages.data.schemas import labelled_steps
@@ -37,15 +41,14 @@ from stages.data.steps import pieces
 from stages.errors import InputError
 from stages.models.reward import SequenceScores, load_reward_model, score_rows
 from stages.rewards import require_columns, score
-from stages.rewards.base import Score, verdict
-from stages.rollouts.seeds import sample_seed, uniforms
+from stages.rewards.base import Score
+from stages.rollouts.annotator import Judged, Scored, judged, tied
 from stages.run import Run
 from stages.specs.label import LabelConfig
 from stages.training.setup import accelerator_for, count_parameters, set_threads
 
 Row = dict[str, Any]
 Scorer = Callable[[Sequence[Row]], list[Score | None]]
-Scored = tuple[Row, Score | None]
 CHUNK = 1024
 WORDS = (
     ("preference", "are there two completions a prompt that differ"),
@@ -53,15 +56,6 @@ WORDS = (
 )
 # A demonstration's completion, and how it ended.
 Demonstrated = tuple[str, str | None]
-TYPES: dict[str, dict[str, pa.DataType]] = {
-    "pairs": PAIR_TYPES,
-    "rankings": {
-        **{name: pa.list_(pa.string()) for name in ("completions", "finishes")},
-        "ranks": pa.list_(pa.int64()),
-        "scores": pa.list_(pa.float64()),
-    },
-    "steps": {"completions": pa.list_(pa.string()), "labels": pa.list_(pa.float64()), "finish": pa.string()},
-}
 
 
 def label(
@@ -76,11 +70,13 @@ def label(
         _require_nothing_else(config, reward_model)
         completion_columns(samples, "samples")
         labelled = _against(_demonstrations(run, demonstrations), together(run.rows(samples)), counts)
-    types = {field.name: field.type for field in read_schema(samples)} | TYPES[config.form]
+    types = {field.name: field.type for field in read_schema(samples)} | types_of(config)
     what, advice = WORDS[config.form == "steps"]
     made = write_split(run, labelled, config.heldout, types, what)
     if not any(made.values()):
         raise InputError(f"no {what} came of the samples ({dict(counts)}): {advice}?")
+    if config.segments and counts["pairs without segments"] == sum(made.values()):
+        raise InputError(f"no pair has segments ({dict(counts)}): does the reward rate steps?")
     run.table(f"{what}s", [{"what": one, "number": count} for one, count in counts.items()])
     if config.form == "steps":
         run.log(0, made | {"steps": counts["steps"], "steps_right": counts["steps right"] / counts["steps"]})
@@ -167,53 +163,36 @@ def _scored(rows: Iterable[Row], scorer: Scorer) -> Iterator[list[Scored]]:
         yield from ([(row, next(scores)) for row in group] for group in chunk)
 
 
-def _seen(config: LabelConfig, row: Row, number: int, value: float) -> float:
-    """The score with the annotator's noise, from the sample's own seed."""
-    if config.noise == 0:
-        return value
-    # A name apart from the sampler's: the same number must not decide a completion and its label.
-    seed = sample_seed(
-        config.seed,
-        int(row.get("step") or 0),
-        f"label/{row['id']}",
-        sample_number(row, number),
-    )
-    uniform = max(float(uniforms(np.array([seed], np.uint64), 1)[0, 0]), 2.0**-54)
-    return value - config.noise * math.log(-math.log(uniform))
-
-
-def _kept(group: Sequence[Scored], config: LabelConfig, counts: Counter[str]) -> list[tuple[Row, float, float]]:
-    """(row, score, seen) of the samples that have a score."""
-    totals = [(row, verdict(one)) for row, one in group]
-    kept = [(row, value, _seen(config, row, number, value)) for number, (row, value) in enumerate(totals) if value is not None]
-    counts["samples without a score"] += len(group) - len(kept)
-    return kept
-
-
 def _pairs(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
-    kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
+    kept = judged(group, config, counts)
     candidates = combinations(kept, 2) if config.pairs == "all" else [(kept[0], kept[-1])] if len(kept) > 1 else []
-    for (chosen, better, seen), (rejected, worse, less) in candidates:
-        if _tied(config, chosen, better, rejected, worse):
+    for better, worse in candidates:
+        if tied(config, better, worse):
             counts["ties"] += 1
             continue
         counts["pairs ordered"] += 1
-        counts["turned by noise"] += better < worse
+        counts["turned by noise"] += better.value < worse.value
+        chosen, rejected = better.row, worse.row
         pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
-        yield preference_row(chosen, pair | {"margin": seen - less}) | {
-            "chosen_score": better,
-            "rejected_score": worse,
+        labelled = preference_row(chosen, pair | {"margin": better.seen - worse.seen}) | {
+            "chosen_score": better.value,
+            "rejected_score": worse.value,
             "chosen_finish": chosen.get("finish"),
             "rejected_finish": rejected.get("finish"),
         }
+        if config.segments:
+            where = f"the reward's steps of a pair of the row with id {chosen['id']!r}"
+            labelled |= segment_columns(pair, better.score, worse.score, where)
+            counts["pairs without segments"] += labelled["chosen_ends"] is None
+        yield labelled
 
 
 def _ranking(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
-    kept = sorted(_kept(group, config, counts), key=lambda one: -one[2])
+    kept = judged(group, config, counts)
     # Ties chain: what is tied with one of a class joins it, and the best seen of a class says where it stands.
-    classes: list[list[tuple[Row, float, float]]] = []
+    classes: list[list[Judged]] = []
     for one in kept:
-        ties = [c for c in classes if any(_tied(config, other[0], other[1], one[0], one[1]) for other in c)]
+        ties = [c for c in classes if any(tied(config, other, one) for other in c)]
         joined = [member for c in ties for member in c] + [one]
         place = classes.index(ties[0]) if ties else len(classes)
         classes = [c for c in classes if c not in ties]
@@ -221,16 +200,16 @@ def _ranking(config: LabelConfig, group: Sequence[Scored], counts: Counter[str])
     ordered = [(better, worse) for a, b in combinations(classes, 2) for better in a for worse in b]
     counts["ties"] += len(kept) * (len(kept) - 1) // 2 - len(ordered)
     counts["pairs ordered"] += len(ordered)
-    counts["turned by noise"] += sum(better[1] < worse[1] for better, worse in ordered)
+    counts["turned by noise"] += sum(better.value < worse.value for better, worse in ordered)
     if ordered:
-        members = [(1 + sum(map(len, classes[:place])), *one) for place, c in enumerate(classes) for one in c]
+        members = [(1 + sum(map(len, classes[:place])), one) for place, c in enumerate(classes) for one in c]
         ranking = {
-            "prompt": kept[0][0]["prompt"],
-            "completions": [row["completion"] for _, row, _, _ in members],
-            "ranks": [rank for rank, _, _, _ in members],
+            "prompt": kept[0].row["prompt"],
+            "completions": [one.row["completion"] for _, one in members],
+            "ranks": [rank for rank, _ in members],
         }
-        finishes = [row.get("finish") for _, row, _, _ in members]
-        yield preference_row(kept[0][0], ranking) | {"scores": [value for _, _, value, _ in members], "finishes": finishes}
+        finishes = [one.row.get("finish") for _, one in members]
+        yield preference_row(kept[0].row, ranking) | {"scores": [one.value for _, one in members], "finishes": finishes}
 
 
 def _steps(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -> Iterator[Row]:
@@ -252,7 +231,3 @@ def _steps(config: LabelConfig, group: Sequence[Scored], counts: Counter[str]) -
             counts["steps"] += len(labels)
             counts["steps right"] += sum(label > 0.5 for label in labels)
             yield preference_row(row, found | {"labels": labels}) | {"finish": row.get("finish")}
-
-
-def _tied(config: LabelConfig, one: Row, value: float, other: Row, less: float) -> bool:
-    return abs(value - less) <= config.tie_within or one["completion"] == other["completion"]

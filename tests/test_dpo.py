@@ -48,6 +48,9 @@ def test_the_reference_is_asked_once_a_form_and_not_without_need() -> None:
     assert [name for name, (stage, _) in seen.made.items() if stage == "log_probs"] == ["reference", "reference-unpaired"]
     assert seen.read["kto"]["train_log_probs"] == "reference-unpaired.train"
     assert "train_log_probs" not in seen.read["simpo"]
+    by_segment = planned(DPO, {"name": "fine", "objective": {"name": "two_d_dpo"}})
+    assert by_segment.read["fine"]["train_log_probs"] == "reference-segments.train"
+    assert by_segment.read["fine"]["train"] == by_segment.read["dpo"]["train"] == "labels.train"
     asked, used = seen.made["reference-unpaired"][1], seen.made["kto"][1]
     assert (asked.form, asked.max_length, asked.dtype) == ("unpaired", used.max_length, used.dtype)
 

@@ -27,7 +27,7 @@ from labelling import (
     within,
 )
 
-import stages.label
+import stages.rollouts.annotator
 from stages.rollouts.seeds import sample_seed, uniforms
 
 registered = labelling.registered
@@ -145,7 +145,7 @@ def test_a_sample_without_a_score_leaves_the_others_noise(label: Label) -> None:
 
 def test_the_least_number_makes_finite_noise(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
     """A uniform number can be 0, whose logarithm is not."""
-    monkeypatch.setattr(stages.label, "uniforms", lambda seeds, count: np.zeros((len(seeds), count)))
+    monkeypatch.setattr(stages.rollouts.annotator, "uniforms", lambda seeds, count: np.zeros((len(seeds), count)))
     assert pairs(preferences(label(group("a", "1", "3"), CONFIG | {"noise": 1.0}))) == [("3", "1", 2.0)]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pref_bench
 import pytest
+import torch
 from ppo_bench import events
-from pref_bench import HELD, PAIRS, TRAIN, Bench, Plain, Row, Rows, by_hand, metrics
+from pref_bench import HELD, PAIRS, TRAIN, Bench, Plain, Row, Rows, by_hand, checkpoint, metrics, weights
 
 from stages.data.batching import RowOrder
 from stages.errors import InputError
@@ -44,6 +45,25 @@ def test_useless_pairs_are_dropped_and_counted(bench: Bench) -> None:
         "completions left out: too long": 1,
         "dropped: fewer than two completions left": 2,
     }
+    assert metrics(run) == metrics(other)
+
+
+@pytest.mark.parametrize("objective", [{"name": "dpo"}, KTO, {"name": "simpo"}])
+def test_segments_are_nothing_to_other_objectives(bench: Bench, objective: Row) -> None:
+    """One set of pairs serves all: with segments, and with some that have none."""
+    segmented = pref_bench.segmented(PAIRS)
+    none = {name: None for name in segmented[0] if name.endswith(("_ends", "_scores"))}
+    rows = [*segmented[:6], *(row | none for row in segmented[6:])]
+    run, other = (bench.train(given[:8], given[8:], objective=objective) for given in (rows, PAIRS))
+    assert metrics(run) == metrics(other)
+    assert torch.equal(weights(checkpoint(run)), weights(checkpoint(other)))
+
+
+def test_pairs_without_segments_are_dropped_from_2d_dpo(bench: Bench) -> None:
+    none = {name: None for name in TRAIN["segments"][0] if name.endswith(("_ends", "_scores"))}
+    rows = [row | (none if place == 2 else {}) for place, row in enumerate(TRAIN["segments"])]
+    run, other = (bench.train(given, objective={"name": "two_d_dpo"}) for given in (rows, [*rows[:2], *rows[3:]]))
+    assert counts(run, "train rows")["dropped: without segments"] == 1
     assert metrics(run) == metrics(other)
 
 

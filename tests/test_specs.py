@@ -35,6 +35,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "Objective.discopop_tau": {"name": "discopop"},
     "Pairing.part": {"parts": 3},
     "PreferenceConfig.aspects": {"objective": {"name": "two_d_dpo"}},
+    "LabelConfig.segments": {"reward": {"name": "chain_sum"}},
 }
 
 

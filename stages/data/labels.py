@@ -1,4 +1,5 @@
-"""What labelling by a reward and labelling by people share: what of a sample is shown, the preference's row, the split."""
+"""What labelling by a reward and labelling by people share: what of a sample is shown, the preference's
+row and its segments, the split."""
 
 from __future__ import annotations
 
@@ -12,16 +13,29 @@ import pyarrow as pa
 from stages.artifacts import digest_of
 from stages.data.parquet import RowWriter, read_schema
 from stages.data.recorded import of_one_sample
-from stages.data.schemas import row_id
+from stages.data.schemas import SEGMENTS, row_id, scored_segments
 from stages.errors import InputError
+from stages.rewards.base import Score
 from stages.rewards.text import as_shown
 from stages.run import Run
+from stages.specs.label import LabelConfig
 
 Row = dict[str, Any]
 PAIR_TYPES: dict[str, pa.DataType] = {
     **{name: pa.string() for name in ("id", "chosen", "rejected", "chosen_finish", "rejected_finish")},
     **{name: pa.float64() for name in ("margin", "chosen_score", "rejected_score")},
 }
+
+TYPES: dict[str, dict[str, pa.DataType]] = {
+    "pairs": PAIR_TYPES,
+    "rankings": {
+        **{name: pa.list_(pa.string()) for name in ("completions", "finishes")},
+        "ranks": pa.list_(pa.int64()),
+        "scores": pa.list_(pa.float64()),
+    },
+    "steps": {"completions": pa.list_(pa.string()), "labels": pa.list_(pa.float64()), "finish": pa.string()},
+}
+SEGMENT_TYPES = {name: pa.list_(pa.int64() if name.endswith("_ends") else pa.float64()) for name in SEGMENTS}
 
 # Beside the prompt, what a question of people has: the two texts as they are shown, and of which samples they are.
 QUESTION_TYPES: dict[str, pa.DataType] = {
@@ -75,3 +89,22 @@ def write_split(
 def held_out(share: float, row: Row) -> bool:
     """By a hash of its own, apart from that of `prepare`, which has split these prompts once already."""
     return int(digest_of(["label", row["prompt"]])[:12], 16) < share * 16**12
+
+
+def types_of(config: LabelConfig) -> dict[str, pa.DataType]:
+    """The columns of the form that is asked for."""
+    return TYPES[config.form] | (SEGMENT_TYPES if config.segments else {})
+
+
+def segment_columns(pair: Row, chosen: Score, rejected: Score, where: str) -> Row:
+    """The columns `SEGMENTS` of a pair, from the steps that a reward rates of its completions. What follows the last rated step
+    belongs to it. All are null where a completion has no rated step or no text: 2D-DPO learns from both or from neither.
+
+    Raises InputError for steps that cannot be segments."""
+    found: Row = dict.fromkeys(SEGMENTS)
+    for name, score in (("chosen", chosen), ("rejected", rejected)):
+        text, ends, scores = pair[name], score.step_ends, score.step_scores
+        if not text or not scores or ends is None:
+            return dict.fromkeys(SEGMENTS)
+        found |= {f"{name}_ends": [*ends[:-1], len(text) - 1], f"{name}_scores": list(scores)}
+    return scored_segments(pair | found, where)

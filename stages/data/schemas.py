@@ -6,7 +6,8 @@ Canonical rows: `id`, `prompt` (text or messages), then by kind
     demonstrations   completion
     unpaired         completion, label
     preferences      chosen, rejected, margin?
-    segments         preferences, and chosen_ends, chosen_scores, rejected_ends, rejected_scores (see `scored_segments`)
+    segments         preferences, and chosen_ends, chosen_scores, rejected_ends, rejected_scores (see `scored_segments`;
+                     all null: not scored)
     rankings         completions, ranks
     step labels      completions (the steps of one completion, in order), labels (0 wrong .. 1 right, one a step)
 
@@ -57,7 +58,7 @@ def canonical(row: Row, where: str) -> Row:
     _check(row, where)
     if "labels" in row:
         row["completions"], row["labels"] = labelled_steps(row, where)
-    if any(name in row for name in SEGMENTS):
+    if any(row.get(name) is not None for name in SEGMENTS):
         row |= scored_segments(row, where)
     return row
 

@@ -100,9 +100,9 @@ def encode_segments(
     are the last segment's. Segments that end in one token are joined, with the mean of their weights. A truncated completion
     (`chosen_finish`, `rejected_finish` say "length") gets no EOS.
 
-    A row is dropped when a completion is empty, has more than `max_length` tokens or tokens that spell another text, when both
-    are equal, or when no pair of its segments has a weight above 0. Raises InputError for `aspects` that cannot be used, for a
-    row that holds no segments, or when none is left.
+    A row is dropped when its columns of segments are all null, when a completion is empty, has more than `max_length` tokens or
+    tokens that spell another text, when both are equal, or when no pair of its segments has a weight above 0. Raises InputError
+    for `aspects` that cannot be used, for a row that lacks some of these columns, or when none is left.
     """
     if aspects is not None and not (all(math.isfinite(one) and one >= 0 for one in aspects) and any(aspects)):
         raise InputError(f"the weights of aspects must not be negative, and one must be above 0; they are {list(aspects)}")
@@ -113,6 +113,9 @@ def encode_segments(
     def sequences() -> Iterator[tuple[list[int], int, int]]:
         for number, row in enumerate(rows):
             where = f"row {number + 1}"
+            if all(name in row and row[name] is None for name in SEGMENTS):
+                counts["dropped: without segments"] += 1
+                continue
             for name in ("prompt", "chosen", "rejected", *SEGMENTS):
                 if row.get(name) is None:
                     raise InputError(

@@ -33,6 +33,13 @@ class LabelConfig(Config):
         title="Which pairs",
         description="all: every two completions of a prompt; extremes: the best against the worst alone.",
     )
+    segments: bool = Field(
+        default=False,
+        title="Segments",
+        description="With `form: pairs`, and a reward that rates steps: both completions' steps and the scores of these, as "
+        "two_d_dpo learns from them. The pairs are the same; one has none where the reward rates no steps of a completion. No "
+        "score may be below 0, and a step of score 0 moves nothing.",
+    )
     part: Literal["completion", "answer"] = Field(
         default="completion",
         title="Part",
@@ -71,6 +78,8 @@ class LabelConfig(Config):
             raise ValueError(
                 "form: steps needs a `reward` that rates steps, and neither noise nor tie_within, which are for comparisons"
             )
+        if self.segments and (self.form != "pairs" or self.reward is None):
+            raise ValueError("segments are those of pairs: they need `form: pairs` and a `reward` that rates steps")
         return self
 
 

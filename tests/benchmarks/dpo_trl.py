@@ -1,10 +1,11 @@
 """DPO by the stage `preference` beside TRL's DPOTrainer: the same model, pairs and batches, on this machine's processor.
 
-    uv run python tests/benchmarks/dpo_trl.py MODEL [--pairs tests/data/hh-rlhf.jsonl] [--rows 48] [--batch 8] [--rounds 3]
+    uv run python tests/benchmarks/dpo_trl.py MODEL [--pairs tests/data/hh-rlhf.jsonl] [--rows 8] [--batch 8] [--rounds 3]
 
 MODEL is a checkpoint's folder or a GGUF file. Both read the reference's log-probs from before training, in batches of all of a
 step's pairs. Processor seconds of a process each, taking turns; those of two lengths of training are subtracted: loading the
-models, tokenising and the reference do not count.
+models, tokenising and the reference do not count. With as many rows as a batch has pairs, both take the same in every step;
+threads that wait for each other burn processor seconds, so one is enough on a busy machine (`--threads 1`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from stages.artifacts import digest_of
 from stages.data.parquet import write_rows
@@ -43,6 +46,7 @@ def ours(model: Path, rows: list[Row], steps: int, batch: int, folder: Path, sha
         (folder / name).mkdir()
         write_rows(folder / name, rows if name == "train" else rows[:1])
     runtime = {"device": "cpu", "micro_batch_tokens": 10**6, "share_prompts": shared, "save_every": 10**6, "log_every": 10**6}
+    runtime["threads"] = torch.get_num_threads()
     config = PreferenceConfig.model_validate(
         {"steps": steps, "batch_size": batch, "max_length": LENGTH, "monitor": {"every": 0, "prompts": 0}, "runtime": runtime}
     )
@@ -77,7 +81,7 @@ def theirs(model: Path, rows: list[Row], steps: int, batch: int, folder: Path) -
 def seconds(who: str, steps: int, asked: argparse.Namespace) -> float:
     """Processor seconds of a process that trains for so many steps."""
     command = [sys.executable, __file__, str(asked.model), "--who", who, "--steps", f"{steps}", "--pairs", str(asked.pairs)]
-    command += ["--rows", f"{asked.rows}", "--batch", f"{asked.batch}"]
+    command += ["--rows", f"{asked.rows}", "--batch", f"{asked.batch}", "--threads", f"{asked.threads}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -88,14 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=Path, default=Path("tests/data/hh-rlhf.jsonl"))
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--who", choices=("ours", "shared", "trl"), help="only train, and print the processor seconds")
     asked = parser.parse_args()
     with TemporaryDirectory() as scratch:
         if asked.who:
+            torch.set_num_threads(asked.threads)
             rows = pairs(asked.pairs, asked.rows)
             start = time.process_time()
             if asked.who == "trl":

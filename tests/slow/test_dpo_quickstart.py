@@ -26,7 +26,7 @@ def metrics(stages: dict[str, Any]) -> dict[str, dict[str, float]]:
 def test_every_method_learns_from_the_same_pairs(state: Path) -> None:
     found = metrics(run_recipe(state, "dpo-quickstart", "--seed", "11"))
     print({name: [round(one.get(k, 0.0), 3) for k in ("accuracy", "win_rate", "kl", "length")] for name, one in found.items()})
-    for name in ("dpo", "ipo", "kto", "cpo", "simpo", "online"):
+    for name in ("dpo", "ipo", "kto", "cpo", "simpo", "two_d_dpo", "online"):
         assert found[name]["accuracy"] >= found["sft"]["accuracy"] + 0.12, name
         assert found[name]["win_rate"] >= 0.58, name
     for name in ("orpo", "curry"):
