@@ -47,7 +47,7 @@ def dispatch(call: StepCall, key: str, pool: str) -> None:
     if server() is None:
         raise InputError(
             f"{call.name}: the work pool {pool} needs servers and workers: start them with `posttrain up`, or run it here with "
-            f"--set pools.{call.stage}=null"
+            f"--set pools={{}}"
         )
     losses = 0
     while True:
@@ -122,7 +122,7 @@ def _wait(call: StepCall, child: FlowRun, pool: str, ours: bool) -> State:
                 _cancel(child.id)
                 raise InputError(
                     f"{call.name}: no worker of the pool {pool} has answered for {call.launch.worker_timeout} s: start one by "
-                    f"`posttrain up --workers {pool}`, or run the step here with --set pools.{call.stage}=null"
+                    f"`posttrain up --workers {pool}`, or run the step here with --set pools={{}}"
                 )
             note = f"{pool}: {state.name}" if taken or manned else f"{pool}: waits for a worker"
             if note != said:

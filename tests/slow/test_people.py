@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from asking import HOSTILE, PROMPTS, ask, asked, hostile_rows, page_of  # pyright: ignore[reportMissingImports]
 from conftest import INIT  # pyright: ignore[reportMissingImports]
 from labelling import many  # pyright: ignore[reportMissingImports]
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page
 from test_cli import posttrain, stages  # pyright: ignore[reportMissingImports]
 
 from stages.data.parquet import read_rows
@@ -24,19 +23,8 @@ from tasks.references import resolve
 from tasks.store import Store
 
 pytestmark = pytest.mark.slow
-# As root; and without the connections that it makes by itself.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 RUNTIME = {"device": "cpu", "threads": 1}
 SFT = {"steps": 20, "batch_size": 8, "generations": 2, "sampling": {"max_new_tokens": 4}, "optimizer": {"lr": 1e-3}}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

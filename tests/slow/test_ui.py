@@ -17,9 +17,6 @@ from typing import Any
 import pytest
 from test_cli import RECIPE, in_own_group, posttrain, processes_of, stages
 
-from flows.pages import pages, wait_for_ctrl_c
-from tasks.home import configure_environment
-
 pytestmark = pytest.mark.slow
 
 
@@ -38,7 +35,7 @@ def ui(state: Path, prefect: int, mlflow: int) -> Iterator[subprocess.Popen[byte
         child = in_own_group(state, file, "ui", *ports)
     try:
         deadline = time.monotonic() + 180
-        while "ctrl-C stops both" not in log.read_text():
+        while "stops it all" not in log.read_text():
             assert child.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
@@ -105,22 +102,38 @@ def test_both_pages_show_what_a_run_makes_meanwhile(tmp_path: Path) -> None:
     assert not processes_of(state)
 
 
-def test_servers_are_stopped_and_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path))
-    with pages(configure_environment(), free_port(), free_port()) as served:
-        assert [page.child.poll() for page in served] == [None, None]
-        served[1].child.kill()
-        with pytest.raises(RuntimeError, match=rf"the server of {served[1].address} ended; the end of .*mlflow\.log"):
-            wait_for_ctrl_c(served)
-    assert served[0].child.poll() not in (None, -signal.SIGKILL)
-
-
-def test_a_taken_port_is_said_and_a_killed_command_leaves_nothing(tmp_path: Path) -> None:
+def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
     state, prefect, mlflow = tmp_path / "home", free_port(), free_port()
     state.mkdir()
     with ui(state, prefect, mlflow) as child:
+        (server,) = (path.parent for path in processes_of(state) if b"mlflow.server" in (path.parent / "cmdline").read_bytes())
+        os.kill(int(server.name), signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while "the MLflow server ended with -9 and is started again" not in (tmp_path / "ui.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        while True:
+            try:
+                assert fetch(f"http://127.0.0.1:{mlflow}/health") == "OK"
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        assert posttrain(state, "down").stdout == "stopped\n"
+        assert child.wait(1) == 0
+    assert not processes_of(state)
+    assert posttrain(state, "down").stdout == f"nothing is up over {state}\n"
+
+
+def test_a_taken_port_is_said_and_a_killed_command_leaves_nothing(tmp_path: Path) -> None:
+    state, other, prefect, mlflow = tmp_path / "home", tmp_path / "other", free_port(), free_port()
+    state.mkdir()
+    with ui(state, prefect, mlflow) as child:
+        done = posttrain(state, "ui", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
+        assert done.returncode == 2
+        assert done.stderr == f"error: {state}: servers or workers are up here already; `posttrain down` stops them\n"
         for ports, option in (((prefect, free_port()), "--prefect-port"), ((free_port(), mlflow), "--mlflow-port")):
-            done = posttrain(state, "ui", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
+            done = posttrain(other, "ui", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
             assert done.returncode == 2
             assert f"error: port {prefect if option == '--prefect-port' else mlflow} is taken" in done.stderr
             assert f"with {option}" in done.stderr
