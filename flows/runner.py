@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from prefect import Flow
 from prefect.runtime import flow_run
+from rich.console import Console
 
 from flows.recipe import Recipe
 from stages.artifacts import Dataset, Model
@@ -22,11 +23,14 @@ Steps = Callable[[Pipeline, R], None]
 
 @dataclass(frozen=True)
 class Definition:
-    """What the command needs of a flow: how its recipe is read, how it is run, how it is planned."""
+    """What the command needs of a flow: how its recipe is read, how it is run, how it is planned; `plan` where that takes more
+    than the steps, and `report`, which shows what a run leaves besides its steps and returns it for `--json`."""
 
     recipe: type[Recipe]
-    flow: Flow[..., list[StepResult]]
-    steps: Steps[Any]
+    flow: Flow[..., Any]
+    steps: Callable[..., Any]
+    plan: Callable[[Any, str | None], Pipeline] | None = None
+    report: Callable[[Console, Any], dict[str, Any]] | None = None
 
 
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:

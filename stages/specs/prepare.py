@@ -35,6 +35,21 @@ class Filters(Config):
     )
 
 
+class Slice(Config):
+    """A part of an endless stream of the training prompts: one seeded permutation of all of them after another."""
+
+    seed: int = Field(default=0, title="Seed", description="Seed of the permutations.")
+    start: int = Field(
+        default=0, ge=0, title="Start", description="Position in the stream: how many prompts were taken before."
+    )
+    count: int = Field(
+        default=100,
+        ge=1,
+        title="Count",
+        description="Prompts to take. Over the end of a permutation one may come up twice, and is then taken once.",
+    )
+
+
 class PrepareConfig(Config):
     """Reads JSONL (gzipped too), JSON, CSV, Parquet, a hub dataset or a procedural source."""
 
@@ -105,6 +120,11 @@ class PrepareConfig(Config):
     )
     max_heldout: int | None = Field(
         default=None, ge=1, title="Held-out rows", description="Keep at most so many held-out rows, the first ones."
+    )
+    slice: Slice | None = Field(
+        default=None,
+        title="Slice",
+        description="Keep only these of the training prompts, with all rows of each, in the stream's order; all when unset.",
     )
 
 
