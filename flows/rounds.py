@@ -154,7 +154,8 @@ def _preferences(
         if not parts:
             return None
         sources = dict(zip(("source", "also"), parts, strict=False))
-        return pipeline.step(name, "prepare", PrepareConfig(), **sources, exclude=exclude)["train"]
+        # The champion may have said nothing, and lost by it.
+        return pipeline.step(name, "prepare", PrepareConfig(keep_empty=True), **sources, exclude=exclude)["train"]
 
     held = joined("heldout_preferences", "heldout", heldout)
     # A prompt that is held out among some of them is so among all.
@@ -215,7 +216,7 @@ def _run(
                 f"no round of {recipe.name} waits for labels: start one, of a recipe with `people: true`, without them"
             )
         now = known.pin(now, answers=resolve(store, labels, "dataset"))
-    elif now.state == "awaiting_labels":
+    elif now.state == "awaiting_labels" and "answers" not in now.inputs:
         return _waits(now, [])
     if now.outcome is None:
         # A missing input or an unknown step shows here, before anything is recorded or computed.

@@ -144,7 +144,7 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
             raise InputError(f'{where}: no column "{column}", which `columns` maps (it has {", ".join(sorted(raw))})')
     mapped = {name: raw[source] for name, source in config.columns.items()}
     others = {name: value for name, value in raw.items() if name not in config.columns.values()}
-    row = canonical(others | mapped, where)
+    row = canonical(others | mapped, where, config.keep_empty)
     if config.template is not None:
         if not isinstance(row["prompt"], str):
             raise InputError(f"{where}: `template` is for text, and the prompt is a list of messages; use `system` for these")

@@ -102,6 +102,11 @@ class PrepareConfig(Config):
         title="Unusable rows",
         description="A row with an empty or wrongly typed column stops the stage, or is dropped, counted by its reason.",
     )
+    keep_empty: bool = Field(
+        default=False,
+        title="Keep empty completions",
+        description="An empty completion, chosen or rejected is usable too: a policy may say nothing, and lose by it.",
+    )
     filters: Filters = Field(default_factory=Filters, title="Filters", description="Rows to leave out.")
     deduplicate: bool = Field(
         default=True, title="De-duplicate", description="Keep the first of rows whose canonical columns are equal."
