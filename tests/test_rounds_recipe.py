@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from planning import Seen
-from rounding import TINY, tiny
+from rounding import tiny
 
-from flows.recipe import parse, read_recipe
 from flows.rounds import steps
 from flows.rounds_recipe import RoundsRecipe
 from stages.artifacts import Dataset, Model
@@ -148,10 +146,3 @@ def test_names_that_follow_from_others() -> None:
     assert tiny().stream.seed == 3
     metrics = [tiny().main, tiny(evaluate={"rewards": [{"name": "length"}]}).main, tiny(evaluate={}).main]
     assert metrics == ["accuracy", "rewards.length", "reward"]
-
-
-@pytest.mark.parametrize("path", [TINY, *sorted((ROOT / "configs").glob("rounds*.yaml"))], ids=lambda path: path.stem)
-def test_shipped_recipes_are_read(path: Any) -> None:
-    values = read_recipe(path)
-    assert values["flow"] == "rounds"
-    parse(RoundsRecipe, values, path.name)
