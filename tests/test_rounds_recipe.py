@@ -21,11 +21,10 @@ LATER = {"champion": "model", "first": "model", "prompts": "dataset", "train": "
 
 
 def given(kind: str, name: str) -> Dataset | Model:
-    fields = {"name": name, "version": "1", "digest": name, "uri": f"models:/{name}/1"}
-    return Model(**fields) if kind == "model" else Dataset(**fields)
+    return (Model if kind == "model" else Dataset)(name=name, version="1", digest=name, uri=f"models:/{name}/1")
 
 
-def noted(recipe: RoundsRecipe, number: int = 2, **inputs: str) -> Seen:
+def noted(recipe: RoundsRecipe, inputs: dict[str, str], number: int = 2) -> Seen:
     """The steps of a round; its inputs by name, of a kind each."""
     handles = {name: given(kind, name) for name, kind in inputs.items()}
     fields = {"champion": "c", "champion_version": None, "stream": "", "start": 48, "count": 16}
@@ -39,7 +38,7 @@ def test_a_first_round_makes_its_champion_and_takes_what_it_is_given() -> None:
     data = {"corpus": {"rows": 9}, "demonstrations": {"rows": 9}}
     recipe = tiny(**data, base={}, sft={}, inputs=dict.fromkeys(("corpus", "demonstrations", "preferences"), "./x.jsonl"))
     kinds = {"model": "model", "corpus": "dataset", "demonstrations": "dataset", "prompts": "dataset", "preferences": "dataset"}
-    seen = noted(recipe, 1, **kinds)
+    seen = noted(recipe, kinds, 1)
     assert seen.read["base"] == {"model": "model", "train": "corpus.train", "heldout": "corpus.heldout"}
     assert seen.read["sft"]["model"] == "base.checkpoint"
     assert seen.read["samples"] == {"policy": "sft.checkpoint", "prompts": "fresh.train"}
@@ -57,7 +56,7 @@ def test_a_first_round_makes_its_champion_and_takes_what_it_is_given() -> None:
 
 
 def test_ppo_reads_the_rounds_reward_model_and_prompts() -> None:
-    seen = noted(tiny(), **LATER)
+    seen = noted(tiny(), LATER)
     assert seen.read["ppo"] == {
         "policy": "champion",
         "reference": "champion",
@@ -73,7 +72,7 @@ def test_ppo_reads_the_rounds_reward_model_and_prompts() -> None:
 
 
 def test_the_reference_may_be_the_first_model() -> None:
-    seen = noted(tiny(reference="first"), **LATER)
+    seen = noted(tiny(reference="first"), LATER)
     assert seen.read["ppo"]["reference"] == seen.read["evaluate-candidate"]["reference"] == "first"
     assert seen.read["evaluate-champion"]["reference"] == "first"
     assert seen.read["evaluate-candidate"]["opponent"] == "champion"
@@ -90,27 +89,27 @@ def test_the_reference_may_be_the_first_model() -> None:
     ],
 )
 def test_where_a_reward_model_starts(start: str, more: dict[str, str], model: str) -> None:
-    assert noted(tiny(reward_model_from=start), **LATER, **more).read["reward_model"]["model"] == model
+    assert noted(tiny(reward_model_from=start), LATER | more).read["reward_model"]["model"] == model
 
 
 def test_grpo_and_preference_take_ppos_place() -> None:
-    seen = noted(tiny(**GRPO), **LATER)
+    seen = noted(tiny(**GRPO), LATER)
     read = {"policy": "champion", "reference": "champion", "prompts": "fresh.train", "reward_model": "reward_model.checkpoint"}
     assert seen.read["grpo"] == read
     assert seen.read["evaluate-candidate"]["policy"] == "grpo.checkpoint"
-    verified = noted(tiny(ppo=None, grpo={"rewards": [{"name": "answer"}]}, reward_model=None), **LATER)
+    verified = noted(tiny(ppo=None, grpo={"rewards": [{"name": "answer"}]}, reward_model=None), LATER)
     assert (
         "reward_model" not in verified.read["grpo"].keys() | verified.read["evaluate-candidate"].keys() | verified.read.keys()
     )
     for learn_from, pairs in (("round", "labels.train"), ("all", "preferences.train")):
-        seen = noted(tiny(**DPO, learn_from=learn_from), **LATER)
+        seen = noted(tiny(**DPO, learn_from=learn_from), LATER)
         read = {"policy": "champion", "reference": "champion", "train": pairs, "heldout": "heldout_preferences.train"}
         assert seen.read["preference"] == read
 
 
 def test_a_reward_model_that_is_given_labels_and_rewards() -> None:
     recipe = tiny(reward_model=None, labels={"heldout": 0.2}, inputs={"reward_model": "./rm"})
-    seen = noted(recipe, **LATER, reward_model="model")
+    seen = noted(recipe, LATER | {"reward_model": "model"})
     assert seen.read["labels"] == {"samples": "samples.samples", "reward_model": "reward_model"}
     assert seen.read["ppo"]["reward"] == seen.read["evaluate-candidate"]["reward_model"] == "reward_model"
 
