@@ -43,7 +43,7 @@ from tasks.home import configure_environment
 from tasks.pipeline import Outputs, Pending, Pipeline, Source
 from tasks.promote import judge, promote
 from tasks.references import resolve
-from tasks.round_report import print_rounds, rounds_plot
+from tasks.round_report import figures, print_rounds, rounds_plot
 from tasks.rounds import Outcome, Round, Rounds, alone
 from tasks.store import Store
 
@@ -248,20 +248,17 @@ def _outcome(recipe: RoundsRecipe, made: Made, results: Sequence[StepResult]) ->
     metrics = {result.name: result.metrics for result in results}
     candidate, champion = metrics["evaluate-candidate"], metrics["evaluate-champion"]
     verdict = judge(recipe.gate, candidate, champion)
-    labels = (metrics.get(name, {}).get("rows_train", 0.0) for name in ("preferences", "heldout_preferences"))
-    figures = {"prompts": metrics["fresh"]["rows_train"], "labels": sum(labels)}
-    for name, source in (("pair_accuracy", metrics.get("reward_model", {})), *((n, candidate) for n in (*SHOWN, recipe.main))):
-        figures |= {one: source[one] for one in (name, f"{name}_low", f"{name}_high") if one in source}
-    figures |= {f"champion.{name}": champion[name] for name in (recipe.main, "length") if name in champion}
     left = {name: _known(source) for name, source in made.left.items() if source is not None}
     policy = _known(made.candidate)
     assert isinstance(policy, Model)
     return Outcome(
-        passed=verdict.passed, reasons=verdict.reasons, candidate=policy, made=left, main=recipe.main, figures=figures
+        passed=verdict.passed,
+        reasons=verdict.reasons,
+        candidate=policy,
+        made=left,
+        main=recipe.main,
+        figures=figures(metrics, recipe.main),
     )
-
-
-SHOWN = ("win_rate", "kl", "length")
 
 
 def _known(source: Source) -> Any:

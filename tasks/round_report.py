@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +14,19 @@ from tasks.plots import keep, new_figure
 from tasks.report import with_interval
 from tasks.rounds import Outcome, Round
 from tasks.store import Store
+
+SHOWN = ("win_rate", "kl", "length")
+
+
+def figures(metrics: Mapping[str, Mapping[str, float]], main: str) -> dict[str, float]:
+    """What a table of rounds shows of one, of its steps' metrics; what none measured is left out."""
+    candidate, champion = metrics["evaluate-candidate"], metrics["evaluate-champion"]
+    labels = [metrics[name]["rows_train"] for name in ("preferences", "heldout_preferences") if name in metrics]
+    found = {"prompts": metrics["fresh"]["rows_train"], "labels": sum(labels)}
+    named = [("pair_accuracy", metrics.get("reward_model", {})), *((name, candidate) for name in dict.fromkeys((*SHOWN, main)))]
+    for name, source in named:
+        found |= {one: source[one] for one in (name, f"{name}_low", f"{name}_high") if one in source}
+    return found | {f"champion.{name}": champion[name] for name in (main, "length") if name in champion}
 
 
 def print_rounds(console: Console, recipe: str, rounds: Sequence[Round]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from test_lineage import published
 
 from flows.recipe import parse, read_recipe
 from flows.rounds_recipe import RoundsRecipe
-from stages.artifacts import Dataset, digest_of
+from stages.artifacts import digest_of, handle
 from stages.specs import STAGES, Config
 from tasks.execute import StepResult
 from tasks.pipeline import Outputs, Pipeline, Source
@@ -52,6 +53,7 @@ class World:
         self.read: dict[str, dict[str, str]] = {}
         self.configs: dict[str, Any] = {}
         self.ran: dict[str, Any] = {}
+        self.made: Counter[str] = Counter()
 
     def pipeline(self, *given: Any, **more: Any) -> Pipeline:
         """In the place of the class Pipeline; plans are real."""
@@ -82,13 +84,11 @@ class Faked(Pipeline):
         return Outputs(name, self.world.ran[key])
 
     def _made(self, name: str, stage: str, config: Config, given: dict[str, Any], key: str) -> dict[str, Any]:
-        if stage in ("ppo", "grpo", "preference", "sft", "reward_model"):
+        if stage in ("ppo", "sft"):
             return published(self.store, name, stage, config.model_dump(mode="json"), given, self.recipe)
-        count = 1 + sum(one["name"] == name for one in self.world.ran.values() if "name" in one)
-        outputs = [output for output, kind in STAGES[stage].outputs.items() if kind == "dataset"]
+        self.world.made[name] += 1
+        fields = {"version": str(self.world.made[name]), "digest": key}
         return {
-            output: Dataset(
-                name=f"{self.recipe}-{name}-{output}", version=str(count), digest=f"{key} {output}", uri=f"runs:/{key}/{output}"
-            )
-            for output in outputs
+            output: handle(kind, name=f"{self.recipe}-{name}-{output}", uri=f"runs:/{key}/{output}", **fields)
+            for output, kind in STAGES[stage].outputs.items()
         }

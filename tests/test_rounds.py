@@ -84,11 +84,11 @@ def test_three_rounds_each_from_the_last_ones_champion(world: World, store: Stor
     assert [one["evaluate-candidate"]["opponent"] for one in read] == [first, "three-champion/1", "three-champion/2"]
     # All preferences so far, and the round's.
     assert read[0]["preferences"].keys() == {"source", "exclude"}
-    for before, now in zip(every, read[1:], strict=False):
+    for number, (before, now) in enumerate(zip(every, read[1:], strict=False), start=2):
         assert before.outcome is not None
         assert now["preferences"]["source"] == str(before.outcome.made["train"])
         assert now["heldout_preferences"]["source"] == str(before.outcome.made["heldout"])
-        assert now["preferences"]["also"] == "three-labels-train/1"
+        assert now["preferences"]["also"] == f"three-labels-train/{number}"
     assert world.configs["samples"].seed == recipe.seed + 2
     assert world.configs["evaluate-candidate"].seed == recipe.seed
 

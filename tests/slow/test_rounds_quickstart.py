@@ -36,7 +36,7 @@ def test_the_champion_gets_better_over_three_rounds(tmp_path: Path, seed: int) -
     store = store_at(tmp_path)
     version = champion(store, "rounds-quickstart-champion")
     assert version == str(len(figures))
-    *_, last = start(tmp_path, seed, "--set", "gate.max_kl=0.01")
+    *_, last = start(tmp_path, seed, "--set", "gate.max_kl=0.001")
     assert last["state"] == "kept"
-    assert "(at most 0.01 allowed)" in last["why"]
+    assert "(at most 0.001 allowed)" in last["why"]
     assert champion(store, "rounds-quickstart-champion") == version
