@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flows.runner import Definition
 
 # Modules of flows/. Every stage is a flow too: flows/single.py.
-PIPELINES = ("rlhf", "dpo", "r1")
+PIPELINES = ("rlhf", "dpo", "r1", "rounds")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=int, help="the recipe's seed")
     seeds.add_argument("--seeds", type=_numbers, metavar="N,N", help="run once a seed, and end with a table over the seeds")
     run.add_argument("--from", dest="from_step", metavar="STEP", help="recompute this step and what follows from it")
+    run.add_argument("--labels", metavar="FILE", help="people's answers, for the round that waits for them (flow: rounds)")
     run.add_argument("--dry-run", action="store_true", help="say what each step would do, and why; compute nothing")
     run.add_argument("--detach", action="store_true", help="with servers up: start it on the pool control, say where, and end")
     run.add_argument("--json", action="store_true", help="end with one JSON document on stdout; all else goes to stderr")
@@ -109,6 +110,10 @@ def run_command(options: argparse.Namespace) -> int:
     flow = every[0]["flow"]
     if flow not in (names := [*PIPELINES, *STAGES]):
         raise InputError(f"{options.recipe}: no flow is named {flow!r}{near(flow, names)}")
+    if flow == "rounds" and options.seeds:
+        raise InputError("--seeds: a start is one round of one story; give each seed a name too: --seed 1 --set name=rounds-1")
+    if flow != "rounds" and options.labels:
+        raise InputError(f"--labels: the flow {flow} takes no answers of people; a recipe of the flow rounds does")
     from tasks.home import configure_environment
 
     root = configure_environment()
@@ -135,17 +140,20 @@ def run_command(options: argparse.Namespace) -> int:
     from tasks.report import print_results, print_seeds
 
     documents, of_seeds = [], {}
+    given = {"labels": options.labels} if options.labels else {}
     for recipe in recipes:
         with Terminal() as terminal, tags(OURS_TAG):
-            results = of_seeds[recipe.seed] = definition.flow(recipe, from_step=options.from_step)
+            results = of_seeds[recipe.seed] = definition.flow(recipe, from_step=options.from_step, **given)
         print_results(terminal.console, recipe.name, results)
         fields = {"name", "stage", "status", "seconds", "reason", "metrics", "artifacts"}
         stages = [result.model_dump(mode="json", include=fields) for result in results]
-        documents.append({"seed": recipe.seed, "stages": stages})
+        more = definition.report(terminal.console, recipe) if definition.report is not None else {}
+        documents.append({"seed": recipe.seed, "stages": stages, **more})
     if options.seeds:
         print_seeds(Console(stderr=True), recipes[0].name, of_seeds)
     if options.json:
-        _write_document({"seeds": documents} if options.seeds else {"stages": documents[0]["stages"]}, stdout)
+        one = {name: value for name, value in documents[0].items() if name != "seed"}
+        _write_document({"seeds": documents} if options.seeds else one, stdout)
     return 0
 
 
@@ -205,7 +213,10 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
 
     definition = _definition(values["flow"])
     recipe = parse(definition.recipe, values, str(options.recipe))
-    pipeline = plan_pipeline(recipe, definition.steps, options.from_step)
+    if definition.plan is not None:
+        pipeline = definition.plan(recipe, options.from_step)
+    else:
+        pipeline = plan_pipeline(recipe, definition.steps, options.from_step)
     if options.json:
         rows = [
             {"name": name, "stage": stage, "action": plan.action, "reason": plan.reason} for name, stage, plan in pipeline.plans

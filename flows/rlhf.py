@@ -226,7 +226,8 @@ def _relabelled(
     samples = pipeline.step(f"samples-{number}", "sample", config, policy=policy, prompts=prompts)["samples"]
     labels = pipeline.step(f"labels-{number}", "label", again(recipe.labels, number), samples=samples)["train"]
     both = {"source": learnt_from["train"], "also": labels}
-    preferences = pipeline.step(f"preferences-{number}", "prepare", PrepareConfig(), **both)["train"]
+    # The policy may have said nothing, and lost by it.
+    preferences = pipeline.step(f"preferences-{number}", "prepare", PrepareConfig(keep_empty=True), **both)["train"]
     more = {} if recipe.rates_steps else {"samples": samples}
     return {**learnt_from, "train": preferences, **more}
 

@@ -10,6 +10,7 @@ from uuid import UUID
 from prefect import Flow, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
+from rich.console import Console
 
 from flows.recipe import Recipe
 from stages.artifacts import Dataset, Model
@@ -28,11 +29,14 @@ Steps = Callable[[Pipeline, R], None]
 
 @dataclass(frozen=True)
 class Definition:
-    """What the command needs of a flow: how its recipe is read, how it is run, how it is planned."""
+    """What the command needs of a flow: how its recipe is read, how it is run, how it is planned; `plan` where that takes more
+    than the steps, and `report`, which shows what a run leaves besides its steps and returns it for `--json`."""
 
     recipe: type[Recipe]
-    flow: Flow[..., list[StepResult]]
-    steps: Steps[Any]
+    flow: Flow[..., Any]
+    steps: Callable[..., Any]
+    plan: Callable[[Any, str | None], Pipeline] | None = None
+    report: Callable[[Console, Any], dict[str, Any]] | None = None
 
 
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:

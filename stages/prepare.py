@@ -3,7 +3,8 @@
 The split is by a hash of each row's content (`split_by`, the prompt by default): adding rows never moves an old one across
 it, and sources that share a problem agree on its side. What is held out is then removed from training by prompt as well.
 
-Two passes over the source, so that nothing but hashes is held in memory: the first learns which prompts are held out.
+Two passes over the source, so that nothing but hashes is held in memory (and a slice's rows, which are written in its own
+order): the first learns which prompts are held out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow as pa
 from stages.artifacts import digest_of
 from stages.data.parquet import RowWriter, read_schema
 from stages.data.schemas import CANONICAL, TEXTS, canonical, in_form, prompt_text, row_id
+from stages.data.slices import taken
 from stages.data.sources import read_source
 from stages.errors import InputError
 from stages.run import Run
@@ -42,12 +44,17 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, also: Path | None 
     other columns. Raises InputError, naming the row, for rows it cannot use."""
     sources = [source] if also is None else [source, also]
     excluded = {_hash(row["prompt"]) for row in run.rows(exclude)} if exclude else set()
-    heldout_prompts, names = set(), dict[str, None]()
+    heldout_prompts, others, names = set[str](), set[str](), dict[str, None]()
     for row in _rows(config, sources, Counter()):
         names |= dict.fromkeys(row)
         if _held_out(config, row):
             heldout_prompts.add(_hash(row["prompt"]))
+        elif config.slice is not None:
+            others.add(_hash(row["prompt"]))
     types = {} if also is None else _types(config, sources, names)
+    chosen: dict[str, list[Row]] = {}
+    if config.slice is not None:
+        chosen = {prompt: [] for prompt in taken(others - heldout_prompts - excluded, config.slice)}
 
     counts: Counter[str] = Counter()
     train = RowWriter(run.output("train"), types=types)
@@ -61,11 +68,18 @@ def prepare(config: PrepareConfig, run: Run, *, source: Path, also: Path | None 
             else:
                 heldout.add(row)
                 counts["held out"] += 1
-        elif _hash(row["prompt"]) in heldout_prompts | excluded:
+        elif (prompt := _hash(row["prompt"])) in heldout_prompts or prompt in excluded:
             counts["removed from training: prompt is held out"] += 1
+        elif config.slice is not None and prompt not in chosen:
+            counts["outside the slice"] += 1
         else:
-            train.add(row)
             counts["training"] += 1
+            if config.slice is None:
+                train.add(row)
+            else:
+                chosen[prompt].append(row)
+    for row in chain.from_iterable(chosen.values()):
+        train.add(row)
 
     run.table("rows", [{"what": what, "rows": count} for what, count in counts.items()])
     if not counts["training"]:
@@ -130,7 +144,7 @@ def _canonical(config: PrepareConfig, raw: Row, where: str) -> Row:
             raise InputError(f'{where}: no column "{column}", which `columns` maps (it has {", ".join(sorted(raw))})')
     mapped = {name: raw[source] for name, source in config.columns.items()}
     others = {name: value for name, value in raw.items() if name not in config.columns.values()}
-    row = canonical(others | mapped, where)
+    row = canonical(others | mapped, where, config.keep_empty)
     if config.template is not None:
         if not isinstance(row["prompt"], str):
             raise InputError(f"{where}: `template` is for text, and the prompt is a list of messages; use `system` for these")

@@ -146,12 +146,7 @@ def resolve_inputs(
     if kept:
         text = kept[0].data.tags["posttrain.resolution"]
         return {name: handle(fields.pop("kind"), **fields) for name, fields in json.loads(text).items()}
-    resolved: dict[str, Dataset | Model] = {}
-    for name, (reference, kind) in references.items():
-        try:
-            resolved[name] = resolve(store, reference, kind, publish=pipeline_id is not None)
-        except InputError as error:
-            raise InputError(f"inputs.{name}: {error}") from error
+    resolved = resolve_each(store, references, publish=pipeline_id is not None)
     if pipeline_id:
         run = store.client.create_run(store.experiment(recipe), run_name="pipeline", tags={PIPELINE: pipeline_id})
         text = json.dumps({name: given.model_dump() for name, given in resolved.items()})
@@ -159,4 +154,15 @@ def resolve_inputs(
         params = [Param(name, str(given)) for name, given in resolved.items()]
         store.client.log_batch(run.info.run_id, params=params, tags=tags)
         store.client.set_terminated(run.info.run_id)
+    return resolved
+
+
+def resolve_each(store: Store, references: Mapping[str, tuple[str, Kind]], publish: bool) -> dict[str, Dataset | Model]:
+    """Handles of a recipe's inputs as they are now."""
+    resolved: dict[str, Dataset | Model] = {}
+    for name, (reference, kind) in references.items():
+        try:
+            resolved[name] = resolve(store, reference, kind, publish=publish)
+        except InputError as error:
+            raise InputError(f"inputs.{name}: {error}") from error
     return resolved

@@ -158,8 +158,9 @@ def _registered(store: Store, text: str, match: re.Match[str], kind: Kind) -> Da
         raise InputError(f"{text}: its run {found.run_id} is gone, so it cannot be built on; make it again") from error
     outputs = published(run).outputs.values() if OUTPUTS in run.data.tags else []
     for made in outputs:
-        if made.name == found.name and made.version == str(found.version) and made.kind == kind:
-            return made
+        # By its address: a champion is registered under a second name.
+        if made.uri == found.source and made.kind == kind:
+            return made.model_copy(update={"name": found.name, "version": str(found.version)})
     raise InputError(f"{text}: its run {found.run_id} never completed, so it is not an artifact to build on")
 
 

@@ -91,6 +91,8 @@ def print_artifacts(store: Store, part: str) -> None:
             continue
         for version in store.client.search_model_versions(f"name = '{model.name}'"):
             made = datetime.fromtimestamp(version.creation_timestamp / 1000).strftime("%Y-%m-%d %H:%M:%S")
-            digest, aliases = version.tags.get("digest", "")[:12], ", ".join(version.aliases)
+            # MLflow's search leaves a version's own list of aliases empty.
+            aliases = ", ".join(alias for alias, at in model.aliases.items() if str(at) == str(version.version))
+            digest = version.tags.get("digest", "")[:12]
             table.add_row(model.name, model.tags.get("kind", ""), str(version.version), made, digest, aliases)
     print_wide(Console(), table)

@@ -12,6 +12,7 @@ from flows.dpo import DpoRecipe
 from flows.r1 import R1Recipe
 from flows.recipe import apply, parse, read_recipe
 from flows.rlhf import RlhfRecipe
+from flows.rounds_recipe import RoundsRecipe
 from stages.errors import InputError
 
 TINY = ROOT / "tests" / "tiny" / "rlhf.yaml"
@@ -25,7 +26,7 @@ def tiny(*settings: str, seed: int | None = None) -> RlhfRecipe:
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     values = read_recipe(path)
     assert parse(
-        {"rlhf": RlhfRecipe, "dpo": DpoRecipe, "r1": R1Recipe}[values["flow"]], values, str(path)
+        {"rlhf": RlhfRecipe, "dpo": DpoRecipe, "r1": R1Recipe, "rounds": RoundsRecipe}[values["flow"]], values, str(path)
     ).name == path.stem.replace(".", "-")
 
 

@@ -23,7 +23,7 @@ REQUIRED["rejection"] = {"criteria": [{"name": "format", "minimum": 1.0}]}
 REQUIRED["distill"] = {"objective": "forward_kl"}
 ALTERNATIVES: list[Any] = [True, False, 1, 3, 0.25, 0.5, 200, 4.0, "cpu", {"x": "y"}, [{"name": "answer"}]]
 ALTERNATIVES += [{"name": "answer"}, {"weight": 2.0}, {"model": "m", "url": "http://localhost:8000/v1"}]
-ALTERNATIVES += [{"rewards": [{"name": "length"}]}, "r1-zero", {"rank": 8}, [1.0, 2.0]]
+ALTERNATIVES += [{"rewards": [{"name": "length"}]}, "r1-zero", {"rank": 8}, [1.0, 2.0], {"start": 3}]
 # What has to be said beside a field for it to be allowed.
 BESIDE: dict[str, dict[str, Any]] = {
     "Objective.tau": {"name": "ipo"},

@@ -36,8 +36,9 @@ CANONICAL = (
 TEXTS = ("completion", "chosen", "rejected")
 
 
-def canonical(row: Row, where: str) -> Row:
-    """One source row as a canonical row, without its id. Raises InputError naming row and column."""
+def canonical(row: Row, where: str, keep_empty: bool = False) -> Row:
+    """One source row as a canonical row, without its id. Raises InputError naming row and column, also for a completion that
+    is empty, if `keep_empty` does not say that it may be."""
     row = {name: value for name, value in row.items() if name != "id"}
     if "messages" in row and not row.keys() & set(TEXTS):
         # Some sources (H4's) repeat the first message as a column `prompt`.
@@ -54,7 +55,7 @@ def canonical(row: Row, where: str) -> Row:
     row["prompt"] = _prompt(row["prompt"], where)
     for name in TEXTS:
         if name in row:
-            row[name] = _text(row[name], where, name)
+            row[name] = _text(row[name], where, name, keep_empty)
     _check(row, where)
     if "labels" in row:
         row["completions"], row["labels"] = labelled_steps(row, where)
@@ -232,7 +233,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _text(value: Any, where: str, column: str) -> str:
+def _text(value: Any, where: str, column: str, keep_empty: bool) -> str:
     if isinstance(value, list):
         last = _messages(value, where, column)[-1]
         if last["role"] != "assistant":
@@ -240,7 +241,7 @@ def _text(value: Any, where: str, column: str) -> str:
         value = last["content"]
     if not isinstance(value, str):
         raise InputError(f'{where}: "{column}" must be text, it is {type(value).__name__} {str(value)[:60]!r}')
-    if not value.strip():
+    if not value.strip() and not keep_empty:
         raise InputError(f'{where}: "{column}" is empty')
     return value
 

@@ -38,6 +38,21 @@ class Filters(Config):
     )
 
 
+class Slice(Config):
+    """A part of an endless stream of the training prompts: one seeded permutation of all of them after another."""
+
+    seed: int = Field(default=0, title="Seed", description="Seed of the permutations.")
+    start: int = Field(
+        default=0, ge=0, title="Start", description="Position in the stream: how many prompts were taken before."
+    )
+    count: int = Field(
+        default=100,
+        ge=1,
+        title="Count",
+        description="Prompts to take. Over the end of a permutation one may come up twice, and is then taken once.",
+    )
+
+
 class PrepareConfig(Config):
     """Reads JSONL (gzipped too), JSON, CSV, Parquet, a hub dataset or a procedural source."""
 
@@ -91,6 +106,11 @@ class PrepareConfig(Config):
         title="Unusable rows",
         description="A row with an empty or wrongly typed column stops the stage, or is dropped, counted by its reason.",
     )
+    keep_empty: bool = Field(
+        default=False,
+        title="Keep empty completions",
+        description="An empty completion, chosen or rejected is usable too: a policy may say nothing, and lose by it.",
+    )
     filters: Filters = Field(default_factory=Filters, title="Filters", description="Rows to leave out.")
     deduplicate: bool = Field(
         default=True, title="De-duplicate", description="Keep the first of rows whose canonical columns are equal."
@@ -109,6 +129,11 @@ class PrepareConfig(Config):
     )
     max_heldout: int | None = Field(
         default=None, ge=1, title="Held-out rows", description="Keep at most so many held-out rows, the first ones."
+    )
+    slice: Slice | None = Field(
+        default=None,
+        title="Slice",
+        description="Keep only these of the training prompts, with all rows of each, in the stream's order; all when unset.",
     )
 
 
