@@ -61,6 +61,16 @@ def parser() -> argparse.ArgumentParser:
     lineage.add_argument("--json", action="store_true", help="one JSON document on stdout: a flat list, the artifact first")
     lineage.set_defaults(command=lineage_command)
 
+    label = commands.add_parser("label", help="take people's answers into the round that waits for them, and go on with it")
+    label.add_argument("recipe", type=Path, help="the recipe of the rounds")
+    label.add_argument("answers", type=Path, nargs="+", help="the files that the page of questions saved")
+    label.add_argument(
+        "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", dest="settings", help="change one value"
+    )
+    label.add_argument("--seed", type=int, help="the recipe's seed")
+    label.add_argument("--detach", action="store_true", help="with servers up: go on with it on the pool control, and end")
+    label.set_defaults(command=label_command, seeds=None, from_step=None, dry_run=False, json=False)
+
     up = commands.add_parser(
         "up", help="start servers and workers over the local state, or workers that join servers elsewhere"
     )
@@ -157,6 +167,19 @@ def run_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def label_command(options: argparse.Namespace) -> int:
+    """`posttrain label`."""
+    from tasks.home import configure_environment
+
+    root = configure_environment()
+    from tasks.references import ingest
+    from tasks.store import Store
+
+    name = options.recipe.stem.replace(".", "-")
+    options.labels = f"datasets:/{ingest(Store(root), options.answers, 'dataset', f'{name}-people')}"
+    return run_command(options)
+
+
 def _detached(options: argparse.Namespace, every: list[dict[str, Any]], stdout: TextIO) -> int:
     from flows.deploy import start
     from flows.recipe import parse
@@ -164,7 +187,8 @@ def _detached(options: argparse.Namespace, every: list[dict[str, Any]], stdout: 
     _require_servers()
     definition = _definition(every[0]["flow"])
     for recipe in [parse(definition.recipe, values, str(options.recipe)) for values in every]:
-        print(start(definition.flow, recipe, options.from_step), file=stdout, flush=True)
+        given = {"labels": options.labels} if options.labels else {}
+        print(start(definition.flow, recipe, options.from_step, **given), file=stdout, flush=True)
     return 0
 
 

@@ -97,9 +97,9 @@ def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None 
     return f"{made.flow_name}/{made.name}"
 
 
-def start(flow: Flow[..., Any], recipe: Recipe, from_step: str | None = None) -> str:
+def start(flow: Flow[..., Any], recipe: Recipe, from_step: str | None = None, **texts: str) -> str:
     """Start a recipe on the pool `control`; the address of its flow run's page."""
-    run = run_deployment(f"{flow.name}/{flow.name}", parameters=parameters(recipe, from_step), timeout=0)
+    run = run_deployment(f"{flow.name}/{flow.name}", parameters=parameters(recipe, from_step) | texts, timeout=0)
     assert isinstance(run, FlowRun)
     return url_for(run) or str(run.id)
 

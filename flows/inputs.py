@@ -50,6 +50,23 @@ class RlhfInputs(BeginningInputs):
     ptx: str | None = reference("dataset", "ptx", "The demonstrations of PPO-ptx, with ppo.ptx alone.")
 
 
+class RoundsInputs(Inputs):
+    """What rounds begin with."""
+
+    prompts: str | None = reference("dataset", "prompts", "Those held out measure; the others are dealt out to rounds.")
+    model: str | None = reference(
+        "model", "model", "The first champion, or what the step sft makes it from; needed while the champion's name has none."
+    )
+    preferences: str | None = reference("dataset", "preferences", "Those to begin with.")
+    reward_model: str | None = reference(
+        "model",
+        "reward_model",
+        "Labels when `labels` names no reward; rewards and measures when the recipe has no step of this name.",
+    )
+    corpus: str | None = reference("dataset", "corpus", "What a base model made here is trained on.")
+    demonstrations: str | None = reference("dataset", "demonstrations", "What the step sft learns from.")
+
+
 class R1Inputs(Inputs):
     """What the road begins with; and, in place of a step of that name, what it would make."""
 

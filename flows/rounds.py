@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
@@ -29,17 +28,18 @@ from prefect.states import Completed
 from rich.console import Console
 
 from flows.beginning import prepare
+from flows.forms import recipe_flow
 from flows.iterations import again
 from flows.rounds_recipe import RoundsRecipe
-from flows.runner import Definition
+from flows.runner import Definition, begun, losses
 from stages.artifacts import Model
 from stages.errors import InputError
-from stages.specs import STAGES
 from stages.specs.prepare import PrepareConfig, Slice
 from tasks import display
 from tasks.exclusive import BusyError
 from tasks.execute import StepResult
 from tasks.home import configure_environment
+from tasks.lease import LEASE_SECONDS
 from tasks.pipeline import Outputs, Pending, Pipeline, Source
 from tasks.promote import judge, promote
 from tasks.references import resolve
@@ -132,11 +132,11 @@ def _labelled(pipeline: Pipeline, recipe: RoundsRecipe, now: Round, samples: Sou
     if recipe.labels is not None:
         judge = now.inputs.get("reward_model") if recipe.labels.reward is None else None
         return pipeline.step("labels", "label", again(recipe.labels, now.number), samples=samples, reward_model=judge)
-    asked = pipeline.step("questions", "questions", STAGES["questions"].config(), samples=samples)["questions"]
+    assert recipe.questions is not None
+    asked = pipeline.step("questions", "questions", again(recipe.questions, now.number), samples=samples)["questions"]
     if "answers" not in now.inputs:
         return None
-    sources = {"questions": asked, "answers": now.inputs["answers"]}
-    return pipeline.step("answers", "answers", STAGES["answers"].config(), **sources)
+    return pipeline.step("answers", "answers", recipe.answers, questions=asked, answers=now.inputs["answers"])
 
 
 def _preferences(
@@ -185,7 +185,7 @@ def _planned(store: Store, recipe: RoundsRecipe, now: Round, from_step: str | No
     return pipeline
 
 
-@flow(name="rounds", flow_run_name="{recipe.name}", persist_result=False)
+@recipe_flow
 def rounds(
     recipe: RoundsRecipe, from_step: str | None = None, labels: str | None = None
 ) -> list[StepResult] | State[list[StepResult]]:
@@ -197,8 +197,10 @@ def rounds(
         labels: People's answers (./answers.jsonl), for the round that waits for them.
     """
     store = Store(configure_environment())
+    # Where this start takes the place of one whose process was lost, that one's lease ends soon.
+    patience = LEASE_SECONDS + 30 if losses() else 0.0
     try:
-        with alone(store, recipe.name):
+        with alone(store, recipe.name, patience):
             return _run(store, recipe, from_step, labels)
     except BusyError as busy:
         words = f"another process runs a round of {recipe.name} right now ({busy}); this start has nothing to do"
@@ -211,9 +213,9 @@ def _run(
     """Begin a round, or go on with the one that has not ended."""
     known, now = Rounds(store, recipe.name), _draft(store, recipe, publish=True)
     if labels is not None:
-        if not recipe.people or not now.id:
+        if recipe.questions is None or not now.id:
             raise InputError(
-                f"no round of {recipe.name} waits for labels: start one, of a recipe with `people: true`, without them"
+                f"no round of {recipe.name} waits for labels: start one, of a recipe with the step questions, without them"
             )
         now = known.pin(now, answers=resolve(store, labels, "dataset"))
     elif now.state == "awaiting_labels" and "answers" not in now.inputs:
@@ -223,7 +225,7 @@ def _run(
         _planned(store, recipe, now, from_step)
     now = known.go_on(now) if now.id else known.begin(now)
     _say(f"round {now.number} of {recipe.name}: prompts {now.start} to {now.start + now.count - 1} of the stream")
-    pipeline = Pipeline(recipe.name, store, now.inputs, now.id, recipe.launch, from_step=from_step)
+    pipeline = begun(recipe, store, now.inputs, now.id, from_step)
 
     def pin(champion: Model, first: Model) -> None:
         nonlocal now

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from flows.inputs import RoundsInputs
 from flows.recipe import Recipe
-from stages.artifacts import Kind
 from stages.rewards import REWARDS
+from stages.specs.answers import AnswersConfig
 from stages.specs.base import Config
 from stages.specs.evaluate import EvaluateConfig
 from stages.specs.grpo import GrpoConfig
@@ -17,6 +17,7 @@ from stages.specs.label import LabelConfig
 from stages.specs.ppo import PpoConfig
 from stages.specs.preference import PreferenceConfig
 from stages.specs.prepare import PrepareConfig
+from stages.specs.questions import QuestionsConfig
 from stages.specs.reward_model import RewardModelConfig
 from stages.specs.sample import SampleConfig
 from stages.specs.sft import SftConfig
@@ -33,19 +34,11 @@ class Stream(Config):
 
 
 class RoundsRecipe(Recipe):
-    """Inputs: `prompts`; `model`, the first champion (or what the step sft makes it from), needed while the champion's name has
-    none; `preferences` to begin with; `reward_model`, which labels when `labels` names no reward, and rewards and measures when
-    the recipe has no step of this name; `corpus` and `demonstrations` for these steps."""
+    """What a round does, and where the first one begins."""
 
-    INPUT_KINDS: ClassVar[Mapping[str, Kind]] = {
-        "model": "model",
-        "prompts": "dataset",
-        "preferences": "dataset",
-        "reward_model": "model",
-        "corpus": "dataset",
-        "demonstrations": "dataset",
-    }
-
+    inputs: RoundsInputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=RoundsInputs, title="Inputs", description="What rounds begin with."
+    )
     champion: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][\w-]*$",
@@ -80,11 +73,14 @@ class RoundsRecipe(Recipe):
         description="Makes preferences of them: by a verifier, a judge behind an endpoint or, without a `reward`, the input "
         "reward_model. Left out when people label.",
     )
-    people: bool = Field(
-        default=False,
-        title="People label",
-        description="The round writes questions, waits for people without holding a worker, and goes on when it is started "
-        "with their `labels`.",
+    questions: QuestionsConfig | None = Field(
+        default=None,
+        title="questions",
+        description="People label, in place of the step labels: the round writes questions and a page, waits without holding a "
+        "worker, and goes on when it is started with their `labels`.",
+    )
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, title="answers", description="Makes preferences of what people answered."
     )
     preferences: PrepareConfig | None = Field(
         default=None, title="preferences", description="Prepares the input of this name, in the first round."
@@ -127,8 +123,10 @@ class RoundsRecipe(Recipe):
     def _possible(self) -> RoundsRecipe:
         if sum(step is not None for step in (self.ppo, self.grpo, self.preference)) != 1:
             raise ValueError("a recipe of rounds has one of the steps ppo, grpo and preference")
-        if (self.labels is None) != self.people:
-            raise ValueError("either the step labels makes the preferences, or `people: true`: have one of them")
+        if (self.labels is None) == (self.questions is None):
+            raise ValueError(
+                "either the step labels makes the preferences, or people do by the step questions: have one of them"
+            )
         if self.labels is not None and self.labels.form == "steps":
             raise ValueError("labels.form: steps is for process models, which rounds do not train: use pairs or rankings")
         if self.labels is not None and self.labels.reward is None and "reward_model" not in self.given():

@@ -42,32 +42,42 @@ class Definition:
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:
     """Run a recipe's steps inside a Prefect flow run."""
     store = Store(configure_environment())
-    refuse_endless()
+    losses()
     pipeline_id = str(flow_run.id)
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
     # A missing input or an unknown step shows here, before anything is computed.
     _plan(store, recipe, steps, inputs, from_step)
+    pipeline = begun(recipe, store, inputs, pipeline_id, from_step)
+    steps(pipeline, recipe)
+    return pipeline.results
+
+
+def begun(
+    recipe: Recipe, store: Store, inputs: Mapping[str, Dataset | Model], pipeline_id: str, from_step: str | None
+) -> Pipeline:
+    """A pipeline that runs its steps; with servers, in sight of Prefect's page."""
     pipeline = Pipeline(recipe.name, store, inputs, pipeline_id, recipe.launch, recipe.pools.of, from_step=from_step)
     if server() is not None:
         pipeline.tell = Table(store, recipe.name)
         if isinstance(display.current, display.Quiet):
             display.current = Live()
-    steps(pipeline, recipe)
-    return pipeline.results
+    return pipeline
 
 
-def refuse_endless() -> None:
-    """Raise RuntimeError when this flow run's process was lost again and again: starting it once more would not help."""
+def losses() -> int:
+    """How often this flow run's process was lost since it was last begun by somebody. Raises RuntimeError when that was again
+    and again: starting it once more would not help."""
     if server() is None:
-        return
+        return 0
     with get_client(sync_client=True) as client:
         states = sorted(client.read_flow_run_states(UUID(str(flow_run.id))), key=lambda state: state.timestamp)
-    losses = 0
+    lost = 0
     for state in states:
         # A person who starts a failed run again has it begin anew.
-        losses = 0 if state.type == StateType.FAILED else losses + (state.type == StateType.CRASHED)
-    if losses >= LOSSES:
-        raise RuntimeError(f"its process was lost {losses} times; look in the workers' logs why, then start it again")
+        lost = 0 if state.type == StateType.FAILED else lost + (state.type == StateType.CRASHED)
+    if lost >= LOSSES:
+        raise RuntimeError(f"its process was lost {lost} times; look in the workers' logs why, then start it again")
+    return lost
 
 
 def plan_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> Pipeline:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from tasks.lease import lease
+from tasks.lease import Held, lease
 from tasks.store import Store
+
+POLL_SECONDS = 1.0
 
 
 class BusyError(Exception):
     """Another process is at it; the text says which."""
 
 
-def exclusive(store: Store, key: str, waiting: Callable[[str], None] = lambda _: None) -> AbstractContextManager[None]:
-    """Hold a key's lease for the length of a block, waiting for whoever has it; `waiting` hears once who that is."""
-    return lease(store.root / "leases", key, waiting)
+def exclusive(store: Store, key: str) -> AbstractContextManager[Held]:
+    """Hold a key's lease for the length of a block, waiting for whoever has it."""
+    return lease(store.root / "leases", key)
 
 
-def or_busy(store: Store, key: str) -> AbstractContextManager[None]:
-    """The same, but raise BusyError at once when somebody has it."""
+@contextmanager
+def or_busy(store: Store, key: str, patience: float = 0.0) -> Iterator[None]:
+    """The same, but raise BusyError when somebody has it after `patience` seconds."""
 
     def refuse(owner: str) -> None:
         raise BusyError(owner)
 
-    return exclusive(store, key, refuse)
+    deadline = time.monotonic() + patience
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lease(store.root / "leases", key, refuse))
+                break
+            except BusyError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
+        yield

@@ -22,6 +22,7 @@ from stages.run import Event
 from stages.specs import StageSpec
 from tasks import display
 from tasks.dispatch import dispatch
+from tasks.entries import STATUS, Published, Status
 from tasks.home import configure_environment, server
 from tasks.launch import launch
 from tasks.lease import Held, LeaseLostError, lease
@@ -31,7 +32,7 @@ from tasks.plots import rl_curves
 from tasks.preference_plots import preference_curves
 from tasks.record import Recorder
 from tasks.states import States
-from tasks.store import STATUS, Published, Status, Store
+from tasks.store import Store
 
 
 class StepResult(BaseModel):

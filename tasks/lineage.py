@@ -18,8 +18,9 @@ from stages.artifacts import Dataset, Kind, Model, handle
 from stages.errors import InputError
 from stages.specs import STAGES
 from tasks.display import print_wide
+from tasks.entries import OUTPUTS, published
 from tasks.references import REGISTERED, expand, registered_version
-from tasks.store import OUTPUTS, Store, published
+from tasks.store import Store
 
 COMMIT, DIRTY = "mlflow.source.git.commit", "-dirty"
 VERSION = "posttrain.version."

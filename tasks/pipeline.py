@@ -20,11 +20,12 @@ from prefect.utilities.annotations import quote
 from stages.artifacts import Dataset, Kind, Model, handle
 from stages.errors import InputError
 from stages.specs import STAGES, Config
+from tasks.entries import PIPELINE
 from tasks.execute import StepResult, execute
 from tasks.launch import Launch
 from tasks.plan import Plan, StepCall, examine
 from tasks.references import resolve
-from tasks.store import PIPELINE, Store
+from tasks.store import Store
 
 
 @dataclass(frozen=True)

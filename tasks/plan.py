@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Handle
 from stages.specs import STAGES, Config, StageSpec
+from tasks.entries import OUTPUTS, PIPELINE
 from tasks.launch import Launch
 from tasks.lease import held
 from tasks.states import kept
-from tasks.store import OUTPUTS, PIPELINE, Store
+from tasks.store import Store
 
 
 class StepCall(BaseModel):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
@@ -23,8 +24,9 @@ from stages.artifacts import Dataset, Kind, Model, digest_of, handle, read_manif
 from stages.data.procedural import procedural
 from stages.data.sources import PROCEDURAL_FILE
 from stages.errors import InputError
+from tasks.entries import OUTPUTS, published
 from tasks.lease import lease
-from tasks.store import OUTPUTS, Store, published
+from tasks.store import Store
 
 REGISTERED = re.compile(r"(models|datasets):/([^/@]+)(?:/(\d+)|@([\w.-]+))")
 HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -60,6 +62,21 @@ def resolve(store: Store, reference: str, kind: Kind, publish: bool = True) -> D
     try:
         _fetch(text, kind, folder)
         return _ingest(store, text, kind, f"source-{name}", draft, publish)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def ingest(store: Store, files: Sequence[Path], kind: Kind, name: str) -> Dataset | Model:
+    """The handle of files under a name that is given. Raises InputError for one that does not exist."""
+    draft = store.root / "runs" / f"ingest-{os.getpid()}-{digest_of([name, *map(str, files)])[:12]}"
+    folder = draft / "outputs" / "files"
+    shutil.rmtree(draft, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        for number, file in enumerate(sorted(files), start=1):
+            # Two browsers give their files one name.
+            shutil.copyfile(_existing(str(file)), folder / f"{number:03d}-{file.name}")
+        return _ingest(store, ", ".join(file.name for file in files), kind, name, draft, publish=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

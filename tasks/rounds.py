@@ -69,9 +69,9 @@ class Round(BaseModel):
         return self.state in ("promoted", "kept")
 
 
-def alone(store: Store, recipe: str) -> AbstractContextManager[None]:
-    """Be the only one who runs rounds of a recipe. Raises BusyError when somebody does."""
-    return or_busy(store, digest_of(["rounds", recipe]))
+def alone(store: Store, recipe: str, patience: float = 0.0) -> AbstractContextManager[None]:
+    """Be the only one who runs rounds of a recipe. Raises BusyError when somebody does, `patience` seconds from now still."""
+    return or_busy(store, digest_of(["rounds", recipe]), patience)
 
 
 class Rounds:

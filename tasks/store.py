@@ -21,42 +21,32 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset as MlflowDataset
-from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Param, Run, RunStatus, RunTag
+from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param, Run, RunStatus, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_VERSIONS
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from stages.artifacts import Dataset, Kind, Manifest, Model, handle, read_manifest
-from stages.data.parquet import count_rows, read_schema
 from stages.errors import InputError
+from tasks.entries import (
+    MODEL_ID,
+    OURS,
+    OUTPUTS,
+    Published,
+    dataset_input,
+    described,
+    flatten,
+    handles,
+    published,
+)
 from tasks.files import SCHEME, Files, Folder, Served
 from tasks.home import server
 from tasks.provenance import provenance
-
-OUTPUTS, PIPELINE = "posttrain.outputs", "posttrain.pipeline"
-STATUS = "posttrain.status"
-MODEL_ID = "posttrain.model."
-OURS = "posttrain.experiment"
-
-Status = Literal["ran", "resumed", "skipped"]
-
-
-@dataclass(frozen=True)
-class Published:
-    """A complete run: its id, the pipeline that ran it, whether it was resumed, what it made, its last metrics."""
-
-    run_id: str
-    pipeline: str
-    status: Status
-    outputs: dict[str, Dataset | Model]
-    metrics: dict[str, float]
 
 
 class Store:
@@ -128,7 +118,7 @@ class Store:
         run = self.client.create_run(self.experiment(experiment), run_name=name, tags=provenance() | ours)
         run_id = run.info.run_id
         self.write(run_id, "identity.json", identity)
-        flat = [Param(key, str(value)[:6000]) for key, value in _flatten(identity["config"])]
+        flat = [Param(key, str(value)[:6000]) for key, value in flatten(identity["config"])]
         self.client.log_batch(run_id, params=flat)
         return run_id
 
@@ -148,7 +138,7 @@ class Store:
     def inputs(self, run: Run) -> dict[str, Dataset | Model] | None:
         """What a run was made from, by port, or None when it did not record it."""
         content = self.files.read(_address(run), "inputs.json")
-        return _handles(json.loads(content)) if content else None
+        return handles(json.loads(content)) if content else None
 
     def write(self, run_id: str, path: str, content: Any) -> None:
         """Put a small file among a run's artifacts: bytes, or a value as JSON."""
@@ -192,7 +182,7 @@ class Store:
         known_out = {entry.model_id for entry in run.outputs.model_outputs} if run.outputs else set()
         ids_in = {given.uri.removeprefix("models:/") for given in inputs.values() if isinstance(given, Model)} - known_in
         ids_out = {made.uri.removeprefix("models:/") for made in outputs if isinstance(made, Model)} - known_out
-        datasets = [_dataset_input(port, given) for port, given in inputs.items() if isinstance(given, Dataset)]
+        datasets = [dataset_input(port, given) for port, given in inputs.items() if isinstance(given, Dataset)]
         if ids_in or datasets:
             self.client.log_inputs(run_id, datasets, [LoggedModelInput(model_id) for model_id in sorted(ids_in)])
         if ids_out:
@@ -215,7 +205,7 @@ class Store:
     def _settle(self, run: Run, output: str, kind: Kind, source: Path, place: str) -> Manifest:
         """Give an output its place, once; return its manifest."""
         if source.is_dir():
-            manifest = _described(read_manifest(source, kind), source)
+            manifest = described(read_manifest(source, kind), source)
             self.files.write(_address(run), f"manifests/{output}.json", manifest.model_dump_json(indent=1).encode())
             self.files.settle(source, place)
         manifest = self.manifest(run, output)
@@ -285,38 +275,3 @@ class Store:
 
 def _address(run: Run) -> str:
     return str(run.info.artifact_uri)
-
-
-def _dataset_input(port: str, given: Dataset) -> DatasetInput:
-    source = json.dumps({"uri": given.uri})
-    # MLflow takes no digest as long as ours.
-    shown = MlflowDataset(name=str(given), digest=given.digest[:12], source_type="local", source=source)
-    return DatasetInput(shown, [InputTag(MLFLOW_DATASET_CONTEXT, port)])
-
-
-def _described(manifest: Manifest, folder: Path) -> Manifest:
-    if manifest.kind == "model":
-        return manifest
-    if not any(entry.path.endswith(".parquet") for entry in manifest.files):
-        return manifest
-    columns = {field.name: str(field.type) for field in read_schema(folder)}
-    return manifest.model_copy(update={"rows": count_rows(folder), "columns": columns})
-
-
-def published(run: Run) -> Published:
-    """What a complete run made."""
-    outputs = _handles(json.loads(run.data.tags[OUTPUTS]))
-    tags = run.data.tags
-    status: Status = "resumed" if tags.get(STATUS) == "resumed" else "ran"
-    return Published(run.info.run_id, tags.get(PIPELINE, ""), status, outputs, dict(run.data.metrics))
-
-
-def _handles(described: dict[str, dict[str, Any]]) -> dict[str, Dataset | Model]:
-    return {name: handle(fields.pop("kind"), **fields) for name, fields in described.items()}
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, item in value.items():
-        flat += _flatten(item, f"{prefix}{name}.") if isinstance(item, dict) else [(prefix + name, item)]
-    return flat

@@ -22,7 +22,6 @@ from test_lineage import published, store_at
 from flows import rounds as flow
 from flows.rounds_recipe import RoundsRecipe
 from stages.errors import InputError
-from stages.specs import STAGES, Config, Port, StageSpec
 from tasks.promote import CHAMPION, champion, promote
 from tasks.round_report import print_rounds
 from tasks.rounds import Round, Rounds, alone
@@ -40,6 +39,7 @@ def world(store: Store, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("POSTTRAIN_HOME", str(store.root))
     made = World(store)
     monkeypatch.setattr(flow, "Pipeline", made.pipeline)
+    monkeypatch.setattr("flows.runner.Pipeline", made.pipeline)
     return made
 
 
@@ -228,21 +228,8 @@ def test_the_first_champion_is_made_once_and_pinned(world: World, store: Store) 
     assert world.read["evaluate-champion"]["reference"] == "made-sft/1"
 
 
-class Asked(Config):
-    """Stands for the configs of stages that are not of this part."""
-
-
-def asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two stages of people, where they are not there yet."""
-    samples, both = {"samples": Port("dataset")}, {"questions": Port("dataset"), "answers": Port("dataset")}
-    for name, inputs, outputs in (("questions", samples, ("questions",)), ("answers", both, ("train", "heldout"))):
-        spec = StageSpec(name, 1, Asked, inputs, dict.fromkeys(outputs, "dataset"))
-        monkeypatch.setitem(STAGES, name, STAGES.get(name, spec))
-
-
-def test_people_label_between_two_starts(world: World, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asking(monkeypatch)
-    recipe = tiny(name="people", people=True, labels=None)
+def test_people_label_between_two_starts(world: World, store: Store, tmp_path: Path) -> None:
+    recipe = tiny(name="people", questions={}, labels=None)
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"id": "q", "prefers": "left"}\n')
     state = start(recipe)

@@ -119,8 +119,8 @@ def test_a_reward_model_that_is_given_labels_and_rewards() -> None:
     [
         ({"ppo": None}, "has one of the steps ppo, grpo and preference"),
         ({"preference": {}}, "has one of the steps ppo, grpo and preference"),
-        ({"labels": None}, "either the step labels makes the preferences, or `people: true`"),
-        ({"people": True}, "either the step labels makes the preferences, or `people: true`"),
+        ({"labels": None}, "either the step labels makes the preferences, or people do by the step questions"),
+        ({"questions": {}}, "either the step labels makes the preferences, or people do by the step questions"),
         ({"labels": {"form": "steps", "reward": {"name": "chain_sum"}}}, r"labels\.form: steps is for process models"),
         ({"labels": {}}, "labels need a `reward`, or the input reward_model"),
         ({"samples": {"endpoint": {"model": "m", "url": "http://x"}}}, r"samples\.endpoint: a round samples its champion"),
@@ -131,7 +131,7 @@ def test_a_reward_model_that_is_given_labels_and_rewards() -> None:
         (GRPO | {"reward_model": None}, "ppo, or a reward of grpo, reads a reward model"),
         (DPO | {"reward_model": None, "evaluate": {}}, r"nothing decides who wins: set evaluate\.judge"),
         (GRPO | {"grpo": {"rewards": [{"name": "process_model"}]}}, "rounds make no model for the reward process_model"),
-        ({"inputs": {"promts": "./x"}}, "'promts' is not an input of this flow; did you mean prompts"),
+        ({"inputs": {"promts": "./x"}}, "unknown key inputs.promts; did you mean prompts"),
         ({"gate": {"max_kll": 1}}, r"unknown key gate\.max_kll; did you mean max_kl"),
     ],
 )
