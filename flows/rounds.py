@@ -38,12 +38,13 @@ from stages.specs.prepare import PrepareConfig, Slice
 from tasks import display
 from tasks.exclusive import BusyError
 from tasks.execute import StepResult
-from tasks.home import configure_environment
+from tasks.home import configure_environment, server
 from tasks.lease import LEASE_SECONDS
+from tasks.live import show_table
 from tasks.pipeline import Outputs, Pending, Pipeline, Source
 from tasks.promote import judge, promote
 from tasks.references import resolve
-from tasks.round_report import figures, print_rounds, rounds_plot
+from tasks.round_report import as_rows, figures, print_rounds, rounds_plot
 from tasks.rounds import Outcome, Round, Rounds, alone
 from tasks.store import Store
 
@@ -241,6 +242,8 @@ def _run(
     except BaseException:
         store.fail(now.id)
         raise
+    if server() is not None:
+        show_table(as_rows(known.all()), f"{recipe.name}-rounds", f"{recipe.name}: rounds so far")
     plot = rounds_plot(store, known.all())
     return [*pipeline.results[:-1], *(last.model_copy(update={"plot": str(plot)}) for last in pipeline.results[-1:])]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -93,6 +93,11 @@ class Table:
             return
         with get_client(sync_client=True) as client:
             client.update_artifact(self._table, ArtifactUpdate(data=json.dumps(rows)))
+
+
+def show_table(rows: Sequence[Mapping[str, str]], key: str, description: str) -> None:
+    """A table in this flow run's page."""
+    create_table_artifact([dict(row) for row in rows], key=_key(key), description=description)
 
 
 def link(store: Store, run_id: str, step: str) -> None:

@@ -46,6 +46,18 @@ def print_rounds(console: Console, recipe: str, rounds: Sequence[Round]) -> None
             console.print(f"round {one.number}: {what}: {one.why}", soft_wrap=True, markup=False)
 
 
+def as_rows(rounds: Sequence[Round]) -> list[dict[str, str]]:
+    """The same for Prefect's page, a round a row."""
+    rows = []
+    for one in rounds:
+        row = {"round": str(one.number), "what": one.state.replace("_", " "), "why": one.why}
+        if one.outcome:
+            names = ("prompts", "labels in all", "pair accuracy", one.outcome.main, "win rate", "KL", "length")
+            row |= dict(zip(names, _cells(one.outcome, [one.outcome.main]), strict=True))
+        rows.append({name: value.replace("\n", " ") for name, value in row.items()})
+    return rows
+
+
 def _cells(outcome: Outcome, mains: Sequence[str]) -> list[str]:
     figures = outcome.figures
 

@@ -46,12 +46,12 @@ class Room:
 
     state: Path
     log: Path
-    prefect: int = field(default_factory=free_port)
-    mlflow: int = field(default_factory=free_port)
+    prefect_port: int = field(default_factory=free_port)
+    mlflow_port: int = field(default_factory=free_port)
 
     @property
     def addresses(self) -> tuple[str, str]:
-        return f"http://127.0.0.1:{self.prefect}", f"http://127.0.0.1:{self.mlflow}"
+        return f"http://127.0.0.1:{self.prefect_port}", f"http://127.0.0.1:{self.mlflow_port}"
 
     def command(self, *arguments: str) -> str:
         """What the command said on stdout."""
@@ -109,21 +109,32 @@ class Room:
         """The states that stages have saved and still keep here."""
         return sorted(self.state.glob("runs/*/state/step-*"))
 
+    def working(self) -> list[str]:
+        """The flow runs that somebody works at, or is about to."""
+        return [run["name"] for run in self.flow_runs() if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]
+
+    def mlflow(self, path: str, body: Row | None = None) -> Any:
+        """MLflow's API: POST with a body, else GET."""
+        data = None if body is None else json.dumps(body).encode()
+        address = f"{self.addresses[1]}/api/2.0/mlflow/{path}"
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def mlflow_search(self, condition: str) -> list[Row]:
+        """MLflow's runs of a condition, the newest first."""
+        ids = [one["experiment_id"] for one in self.mlflow("experiments/search?max_results=100")["experiments"]]
+        body: Row = {"experiment_ids": ids, "filter": condition, "order_by": ["attributes.start_time DESC"]}
+        return self.mlflow("runs/search", body).get("runs", [])
+
     def mlflow_runs(self, step: str) -> list[Row]:
         """MLflow's runs of a step, the newest first."""
-        address = f"{self.addresses[1]}/api/2.0/mlflow"
-        with urllib.request.urlopen(f"{address}/experiments/search?max_results=100", timeout=30) as answer:
-            ids = [one["experiment_id"] for one in json.load(answer)["experiments"]]
-        body = {
-            "experiment_ids": ids,
-            "filter": f"tags.`posttrain.step` = '{step}'",
-            "order_by": ["attributes.start_time DESC"],
-        }
-        request = urllib.request.Request(
-            f"{address}/runs/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer).get("runs", [])
+        return self.mlflow_search(f"tags.`posttrain.step` = '{step}'")
+
+    def artifact(self, run: Row, path: str) -> Any:
+        """A JSON file of an MLflow run's artifacts."""
+        folder = run["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
+        return json.loads((self.state / "artifacts" / folder / path).read_text())
 
 
 @contextmanager
@@ -131,7 +142,7 @@ def room(folder: Path, *arguments: str) -> Iterator[Room]:
     """A control room that is up; nothing of it is left after the block."""
     made = Room(folder / "state", folder / "up.log")
     made.state.mkdir(parents=True)
-    ports = ["--prefect-port", str(made.prefect), "--mlflow-port", str(made.mlflow)]
+    ports = ["--prefect-port", str(made.prefect_port), "--mlflow-port", str(made.mlflow_port)]
     with made.log.open("w") as file, _up(made.state, file, *ports, *arguments) as child:
         wait_for(lambda: "stops it all" in made.log.read_text() or child.poll() is not None, 240, "posttrain up")
         assert child.poll() is None, made.log.read_text()

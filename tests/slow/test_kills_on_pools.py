@@ -105,7 +105,7 @@ def test_killed_while_a_step_runs_on_a_pool(
         assert undisturbed(seed) in tags(runs[0])["posttrain.outputs"], "the bytes of a run that nothing disturbed"
     assert not up.saved()
     # Nothing is left that says that it runs.
-    assert [run["name"] for run in up.flow_runs() if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")] == []
+    assert up.working() == []
     children = ", ".join(run["state_name"] for run in up.children(parent))
     starts = up.api(f"flow_runs/{parent}")["run_count"]
     with capsys.disabled():
