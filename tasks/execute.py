@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from prefect import task
 from prefect.exceptions import MissingContextError
@@ -34,17 +35,17 @@ from tasks.store import STATUS, Published, Status, Store
 
 
 class StepResult(BaseModel):
-    """What a step came to."""
+    """What a step came to; of one in whose place artifacts are given, these alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     stage: str
-    status: Status
+    status: Status | Literal["given"]
     seconds: float
     reason: str
-    run_id: str
-    metrics: dict[str, float]
+    run_id: str = ""
+    metrics: dict[str, float] = {}
     artifacts: dict[str, Handle]
     plot: str | None = None
     page: str | None = None

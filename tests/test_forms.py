@@ -81,7 +81,7 @@ def test_every_field_says_what_it_is_and_can_be_written(flow: str) -> None:
         assert "position" in field, path
         if "anyOf" in field:
             titles = [resolved(schema, branch)["title"] for branch in field["anyOf"]]
-            assert titles in (["Off", "On"], ["All", "By name"]), path
+            assert titles in (["Off", "On"], ["On", "Off"], ["All", "By name"]), path
         elif field["type"] == "object":
             assert field["properties"], f"{path} would be raw JSON"
             assert field["additionalProperties"] is False, path
@@ -248,7 +248,7 @@ def test_a_flow_may_take_further_texts() -> None:
     _, recipe = recipe_of(ROOT / "tests" / "tiny" / "rlhf.yaml")
     assert made.fn(recipe, None, "x") == made.fn(recipe, labels="x", from_step="") == ("tiny", None, "x")
     assert made.fn(parameters(recipe)["recipe"]) == ("tiny", None, None)
-    assert made.fn({"name": "web", "inputs": {}}).message.startswith("recipe: demonstrations is missing: Prepares the dem")
+    assert made.fn({"name": "web", "inputs": {}}).message.startswith("recipe: evaluate is missing: How every model")
 
 
 RUN = """
