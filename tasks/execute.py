@@ -35,7 +35,7 @@ from tasks.store import STATUS, Published, Status, Store
 
 
 class StepResult(BaseModel):
-    """What a step came to; of one in whose place artifacts are given, these alone."""
+    """What a step came to. In whose place artifacts are given has these, the run that made the first of them, and no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,8 +44,8 @@ class StepResult(BaseModel):
     status: Status | Literal["given"]
     seconds: float
     reason: str
-    run_id: str = ""
-    metrics: dict[str, float] = {}
+    run_id: str
+    metrics: dict[str, float]
     artifacts: dict[str, Handle]
     plot: str | None = None
     page: str | None = None

@@ -91,8 +91,9 @@ class Pipeline:
         if self.only_plan:
             self.plans.append((name, stage, Plan(action="given", reason=reason, outputs=known)))
         else:
-            noted = StepResult(name=name, stage=stage, status="given", seconds=0, reason=reason, artifacts=known)
-            self.results.append(noted)
+            maker, _ = self.store.maker(next(iter(known.values())))
+            found = {"run_id": maker.info.run_id, "metrics": {}, "artifacts": known}
+            self.results.append(StepResult(name=name, stage=stage, status="given", seconds=0, reason=reason, **found))
         return Outputs(name, known)
 
     def step(self, name: str, stage: str, config: Config, **sources: Source) -> Outputs:
