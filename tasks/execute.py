@@ -35,7 +35,7 @@ from tasks.store import STATUS, Published, Status, Store
 
 
 class StepResult(BaseModel):
-    """What a step came to. In whose place artifacts are given has these, the run that made the first of them, and no numbers."""
+    """What a step came to. One in whose place artifacts are given has these and the run that made the first, and no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
