@@ -24,7 +24,9 @@ from pydantic import Field, model_validator
 
 from flows.beginning import Beginning, BeginningRecipe, begin, both, prepared
 from flows.forms import recipe_flow
+from flows.inputs import DpoInputs
 from flows.iterations import again
+from flows.places import given, made
 from flows.runner import Definition, run_pipeline
 from stages.artifacts import digest_of
 from stages.specs.base import Config
@@ -78,6 +80,9 @@ class Method(Config):
 class DpoRecipe(BeginningRecipe):
     """SFT, then methods that learn from preferences without RL; every model is measured on held-out prompts."""
 
+    inputs: DpoInputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=DpoInputs, title="Inputs", description="What the steps begin with, by reference."
+    )
     preference: PreferenceConfig = Field(
         title="preference", description="How every method trains, but for what the method says itself."
     )
@@ -115,9 +120,15 @@ class DpoRecipe(BeginningRecipe):
             raise ValueError("methods that are online or spin need the step resample")
         if "online" in ways and self.relabel is None:
             raise ValueError("online methods need the step relabel")
-        if self.relabel is not None and self.relabel.reward is None and self.reward_model is None:
-            raise ValueError("relabel needs a `reward`, or the step reward_model in its place")
+        if self.relabel is not None and self.relabel.reward is None and not self.has("reward_model"):
+            raise ValueError("relabel needs a `reward`, or the step reward_model in its place, or inputs.reward_model")
+        if "spin" in ways and not self.has("demonstrations"):
+            raise ValueError("methods that are spin need the step demonstrations, or inputs.demonstrations_train in its place")
         return self
+
+    @property
+    def reads_demonstrations(self) -> bool:
+        return super().reads_demonstrations or any(method.how == "spin" for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -136,15 +147,16 @@ def steps(pipeline: Pipeline, recipe: DpoRecipe) -> None:
     """The steps in order."""
     begun = begin(pipeline, recipe, prepared(pipeline, recipe))
     base, sft, judge, learnt_from = begun.base, begun.sft, None, both(begun.preferences)
-    if recipe.reward_model is not None:
-        judge = pipeline.step("reward_model", "reward_model", recipe.reward_model, model=sft, **learnt_from)["checkpoint"]
+    if recipe.has("reward_model"):
+        judge = made(pipeline, recipe, "reward_model", model=sft, **learnt_from)["checkpoint"]
 
     def measure(name: str, policy: Source, **against: Source) -> None:
         prompts = begun.data["prompts"]["heldout"]
         against |= {"prompts": prompts, "reward_model": judge}
         pipeline.step(f"evaluate-{name}", "evaluate", recipe.evaluate, policy=policy, **against)
 
-    measure("base", base)
+    if base is not None:
+        measure("base", base)
     measure("sft", sft, reference=base, opponent=base)
     by_model = recipe.relabel is not None and recipe.relabel.reward is None
     road = Road(pipeline, recipe, begun, judge if by_model else None)
@@ -164,8 +176,7 @@ def _trained(road: Road, method: Method) -> Source:
         elif reference is sft and config.objective.feeding.reference:
             sources |= _log_probs(road, config)
         step = method.name if number == 1 else f"{method.name}-{number}"
-        made = road.pipeline.step(step, "preference", config, policy=policy, reference=reference, **sources)
-        policy = made["checkpoint"]
+        policy = road.pipeline.step(step, "preference", config, policy=policy, reference=reference, **sources)["checkpoint"]
     return policy
 
 
@@ -200,9 +211,12 @@ def _log_probs(road: Road, config: PreferenceConfig) -> dict[str, Source]:
     """What SFT gives to the preferences: one step for all methods that read them in one form."""
     form = config.objective.feeding.form
     if form not in road.log_probs:
-        asked = LogProbsConfig(form=form, max_length=config.max_length, dtype=config.dtype, runtime=config.runtime)
-        sources = {"model": road.begun.sft, **both(road.begun.preferences)}
-        known = road.pipeline.step("reference" if form == "pairs" else f"reference-{form}", "log_probs", asked, **sources)
+        step = "reference" if form == "pairs" else f"reference-{form}"
+        known = given(road.pipeline, road.recipe, step, "log_probs")
+        if known is None:
+            asked = LogProbsConfig(form=form, max_length=config.max_length, dtype=config.dtype, runtime=config.runtime)
+            sources = {"model": road.begun.sft, **both(road.begun.preferences)}
+            known = road.pipeline.step(step, "log_probs", asked, **sources)
         road.log_probs[form] = {"train_log_probs": known["train"], "heldout_log_probs": known["heldout"]}
     return road.log_probs[form]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.artifacts import Kind
 from stages.specs.base import Config
@@ -19,6 +19,21 @@ EXAMPLES: Mapping[Kind, tuple[str, ...]] = {
 class Inputs(Config):
     """References to saved artifacts, files, hub repositories or generators; those left empty are not given."""
 
+    # Steps whose held-out rows are always read.
+    BOTH: ClassVar[Sequence[str]] = ()
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        given = {name for name, reference in self if reference}
+        for name in type(self).model_fields:
+            step, _, output = name.rpartition("_")
+            train, heldout = f"{step}_train", f"{step}_heldout"
+            if output == "heldout" and heldout in given and train not in given:
+                raise ValueError(f"{heldout} is given without {train}: in the place of the step {step} give both")
+            if output == "train" and step in self.BOTH and train in given and heldout not in given:
+                raise ValueError(f"{train} is given without {heldout}: in the place of the step {step} give both")
+        return self
+
 
 def reference(kind: Kind, title: str, about: str = "", required: bool = False) -> Any:
     """The field of an input; `about` says what it is for."""
@@ -28,6 +43,18 @@ def reference(kind: Kind, title: str, about: str = "", required: bool = False) -
     return Field(default=default, title=title, description=says, json_schema_extra=shown)
 
 
+def instead(kind: Kind, step: str, about: str = "") -> Any:
+    """The input of what a step is for, which is then not run."""
+    return reference(kind, step, " ".join(says for says in ("In place of the step.", about) if says))
+
+
+def part(step: str, output: Literal["train", "heldout"], about: str = "") -> Any:
+    """The input of one of a step's two datasets; the step is then not run."""
+    rows = "training" if output == "train" else "held-out"
+    says = f"In place of the step {step}: its {rows} rows, prepared."
+    return reference("dataset", f"{step}, {rows}", " ".join(text for text in (says, about) if text))
+
+
 def kinds(inputs: type[Inputs]) -> dict[str, Kind]:
     """The inputs with what kind each is."""
     extras: dict[str, Any] = {name: field.json_schema_extra for name, field in inputs.model_fields.items()}
@@ -35,19 +62,45 @@ def kinds(inputs: type[Inputs]) -> dict[str, Kind]:
 
 
 class BeginningInputs(Inputs):
-    """What preference learning begins with. Of `demonstrations` and `prompts`, what is not given is made of `preferences`."""
+    """What preference learning begins with: of `demonstrations` and `prompts`, what is not given is made of `preferences`; and,
+    in the place of steps, what they would make."""
+
+    BOTH: ClassVar[Sequence[str]] = ("prompts", "preferences")
 
     model: str | None = reference("model", "model", "The base; with the steps corpus and base, random weights by `init:`.")
     corpus: str | None = reference("dataset", "corpus", "What a base model made here is trained on.")
     demonstrations: str | None = reference("dataset", "demonstrations", "What SFT learns from.")
     prompts: str | None = reference("dataset", "prompts", "What RL trains on, and every model is measured on.")
     preferences: str | None = reference("dataset", "preferences", "Not needed with the steps samples and labels.")
+    corpus_train: str | None = part("corpus", "train")
+    corpus_heldout: str | None = part("corpus", "heldout")
+    base: str | None = instead("model", "base")
+    demonstrations_train: str | None = part("demonstrations", "train")
+    demonstrations_heldout: str | None = part("demonstrations", "heldout")
+    sft: str | None = instead("model", "sft", "No base is trained then.")
+    prompts_train: str | None = part("prompts", "train", "With the held-out ones.")
+    prompts_heldout: str | None = part("prompts", "heldout", "They measure every model.")
+    samples: str | None = instead("dataset", "samples")
+    preferences_train: str | None = part("preferences", "train", "Or samples and labels. With the held-out ones.")
+    preferences_heldout: str | None = part("preferences", "heldout", "Or samples and labels.")
+    reward_model: str | None = instead("model", "reward_model")
 
 
 class RlhfInputs(BeginningInputs):
-    """What RLHF begins with. Of `demonstrations` and `prompts`, what is not given is made of `preferences`."""
+    """What RLHF begins with: of `demonstrations` and `prompts`, what is not given is made of `preferences`; and, in the place
+    of steps, what they would make."""
 
     ptx: str | None = reference("dataset", "ptx", "The demonstrations of PPO-ptx, with ppo.ptx alone.")
+    ptx_train: str | None = part("ptx", "train")
+    dpo: str | None = instead("model", "dpo")
+
+
+class DpoInputs(BeginningInputs):
+    """What preference optimisation begins with: of `demonstrations` and `prompts`, what is not given is made of `preferences`;
+    and, in the place of steps, what they would make."""
+
+    reference_train: str | None = part("reference", "train", "Of SFT, for pairs.")
+    reference_heldout: str | None = part("reference", "heldout", "Of SFT, for pairs.")
 
 
 class RoundsInputs(Inputs):
@@ -68,7 +121,9 @@ class RoundsInputs(Inputs):
 
 
 class R1Inputs(Inputs):
-    """What the road begins with; and, in place of a step of that name, what it would make."""
+    """What the road begins with; and, in the place of steps, what they would make."""
+
+    BOTH: ClassVar[Sequence[str]] = ("prompts", "helpful_labels", "harmless_labels")
 
     model: str | None = reference("model", "model", "The base; with the steps corpus and base, random weights by `init:`.")
     student: str | None = reference("model", "student", "The student's base; with student_base random weights, likewise.")
@@ -76,14 +131,28 @@ class R1Inputs(Inputs):
     prompts: str | None = reference("dataset", "prompts", "The reasoning prompts.")
     general: str | None = reference("dataset", "general", "The general prompts, which no rule can judge.")
     general_demonstrations: str | None = reference("dataset", "general_demonstrations", "What is mixed into the step sft.")
-    base: str | None = reference("model", "base", "In place of the step.")
-    zero: str | None = reference("model", "zero", "In place of the step.")
-    cold_start_data: str | None = reference("dataset", "cold_start_data", "In place of the step.")
-    cold_start: str | None = reference("model", "cold_start", "In place of the step.")
-    reasoning: str | None = reference("model", "reasoning", "In place of the step.")
-    accepted: str | None = reference("dataset", "accepted", "In place of the step.")
-    sft: str | None = reference("model", "sft", "In place of the step.")
-    helpful: str | None = reference("model", "helpful", "In place of the step.")
-    harmless: str | None = reference("model", "harmless", "In place of the step.")
-    second: str | None = reference("model", "second", "In place of the step.")
-    student_base: str | None = reference("model", "student_base", "In place of the step.")
+    corpus_train: str | None = part("corpus", "train")
+    corpus_heldout: str | None = part("corpus", "heldout")
+    prompts_train: str | None = part("prompts", "train", "With the held-out ones.")
+    prompts_heldout: str | None = part("prompts", "heldout", "They measure every policy.")
+    base: str | None = instead("model", "base")
+    zero: str | None = instead("model", "zero")
+    traces: str | None = instead("dataset", "traces")
+    cold_start_data: str | None = instead("dataset", "cold_start_data")
+    cold_start: str | None = instead("model", "cold_start")
+    reasoning: str | None = instead("model", "reasoning")
+    samples: str | None = instead("dataset", "samples")
+    accepted: str | None = instead("dataset", "accepted")
+    general_train: str | None = part("general", "train")
+    general_heldout: str | None = part("general", "heldout")
+    general_demonstrations_train: str | None = part("general_demonstrations", "train")
+    sft: str | None = instead("model", "sft")
+    answers: str | None = instead("dataset", "answers")
+    helpful_labels_train: str | None = part("helpful_labels", "train", "With the held-out ones.")
+    helpful_labels_heldout: str | None = part("helpful_labels", "heldout")
+    helpful: str | None = instead("model", "helpful")
+    harmless_labels_train: str | None = part("harmless_labels", "train", "With the held-out ones.")
+    harmless_labels_heldout: str | None = part("harmless_labels", "heldout")
+    harmless: str | None = instead("model", "harmless")
+    second: str | None = instead("model", "second")
+    student_base: str | None = instead("model", "student_base")

@@ -16,17 +16,19 @@ Every step can be left out, or entered from what is saved: an input named as the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from flows.forms import recipe_flow
 from flows.inputs import R1Inputs
 from flows.iterations import iteration
+from flows.places import dataset, given, made
 from flows.recipe import Recipe
 from flows.runner import Definition, run_pipeline
-from stages.specs.base import Config
+from stages.specs import STAGES, Config
 from stages.specs.distill import DistillConfig
 from stages.specs.evaluate import EvaluateConfig
 from stages.specs.grpo import GrpoConfig
@@ -36,6 +38,7 @@ from stages.specs.rejection import RejectionConfig
 from stages.specs.reward_model import RewardModelConfig
 from stages.specs.sample import SampleConfig
 from stages.specs.sft import SftConfig
+from stages.specs.shape import AT_FIRST_ON
 from tasks.execute import StepResult
 from tasks.pipeline import Outputs, Pipeline, Source
 
@@ -43,6 +46,22 @@ from tasks.pipeline import Outputs, Pipeline, Source
 class R1Recipe(Recipe):
     """R1-Zero, a cold start, reasoning RL, rejection sampling and SFT, a second RL, distillation: any of these steps, or what
     is saved in its place."""
+
+    ALWAYS: ClassVar[Sequence[str]] = ("prompts",)
+    NEEDS: ClassVar[Mapping[str, Sequence[str]]] = {
+        "base": ["corpus"],
+        "cold_start_data": ["traces"],
+        "cold_start": ["cold_start_data"],
+        "accepted": ["samples"],
+        "sft": ["accepted"],
+        "answers": ["general"],
+        "helpful_labels": ["answers"],
+        "harmless_labels": ["answers"],
+        "helpful": ["helpful_labels"],
+        "harmless": ["harmless_labels"],
+        "student_base": ["corpus"],
+        "distilled": ["accepted"],
+    }
 
     inputs: R1Inputs = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default_factory=R1Inputs,
@@ -55,8 +74,11 @@ class R1Recipe(Recipe):
     base: SftConfig | None = Field(
         default=None, title="base", description="Trains a base model on the corpus; left out when `model` is one."
     )
-    prompts: PrepareConfig = Field(
-        title="prompts", description="Prepares the reasoning prompts; the held-out ones measure every policy."
+    prompts: PrepareConfig | None = Field(
+        default=None,
+        title="prompts",
+        description="Prepares the reasoning prompts; the held-out ones measure every policy.",
+        json_schema_extra=AT_FIRST_ON,
     )
     zero: GrpoConfig | None = Field(default=None, title="zero", description="R1-Zero: RL on rules, from the base.")
     traces: SampleConfig | None = Field(
@@ -123,31 +145,6 @@ class R1Recipe(Recipe):
         default=None, title="evaluate_general", description="How policies are measured on general prompts, from sft on."
     )
 
-    @model_validator(mode="after")
-    def _whole(self) -> R1Recipe:
-        for name, others in NEEDS.items():
-            if getattr(self, name) is not None and name not in self.given():
-                missing = [one for one in others if getattr(self, one) is None and one not in self.given()]
-                if missing:
-                    raise ValueError(f"the step {name} needs {missing[0]}: a step of this name, or an input")
-        return self
-
-
-NEEDS = {
-    "base": ["corpus"],
-    "cold_start_data": ["traces"],
-    "cold_start": ["cold_start_data"],
-    "accepted": ["samples"],
-    "sft": ["accepted"],
-    "answers": ["general"],
-    "helpful_labels": ["answers"],
-    "harmless_labels": ["answers"],
-    "helpful": ["helpful_labels"],
-    "harmless": ["harmless_labels"],
-    "student_base": ["corpus"],
-    "distilled": ["accepted"],
-}
-
 
 @dataclass(frozen=True)
 class Road:
@@ -159,9 +156,10 @@ class Road:
     general: Outputs | None
 
     def made(self, name: str, make: Callable[[], Source]) -> Source:
-        """The input of a step's name, else what the step makes, else nothing."""
-        given = self.pipeline.inputs.get(name)
-        return given if given is not None else make() if getattr(self.recipe, name) is not None else None
+        """What is given in a step's place, else what the step makes, else nothing."""
+        if (found := given(self.pipeline, self.recipe, name)) is not None:
+            return found[STAGES[self.recipe.stage(name)].main]
+        return make() if getattr(self.recipe, name) is not None else None
 
     def measured(self, name: str, policy: Source) -> Source:
         """Evaluate a policy, if there is one."""
@@ -180,18 +178,18 @@ class Road:
 
     def sampled(self, name: str, policy: Source, prompts: Outputs) -> Source:
         """Completions of the policy, or of the teacher that the step names."""
-        teacher = getattr(self.recipe, name).endpoint
-        return self.step(name, "sample", "samples", policy=None if teacher else policy, prompts=prompts["train"])
+        config: SampleConfig | None = getattr(self.recipe, name)
+        drawn = None if config is not None and config.endpoint else policy
+        return made(self.pipeline, self.recipe, name, policy=drawn, prompts=prompts["train"])["samples"]
 
 
 def steps(pipeline: Pipeline, recipe: R1Recipe) -> None:
     """The steps in order."""
-    prompts = pipeline.step("prompts", "prepare", recipe.prompts, source=pipeline.input("prompts"))
-    heldout, general, corpus = prompts["heldout"], None, None
-    if recipe.general is not None:
-        general = pipeline.step("general", "prepare", recipe.general, source=pipeline.input("general"))
-    if recipe.corpus is not None:
-        corpus = pipeline.step("corpus", "prepare", recipe.corpus, source=pipeline.input("corpus"), exclude=heldout)
+    prompts, general, corpus = dataset(pipeline, recipe, "prompts"), None, None
+    if recipe.has("general"):
+        general = dataset(pipeline, recipe, "general")
+    if recipe.has("corpus"):
+        corpus = dataset(pipeline, recipe, "corpus", exclude=prompts["heldout"])
     road = Road(pipeline, recipe, prompts, general)
 
     base = _base(road, "base", "model", corpus)
@@ -242,12 +240,9 @@ def _accepted(road: Road, policy: Source) -> Source:
 
 def _sft(road: Road, base: Source, accepted: Source) -> Source:
     recipe, pipeline, rows = road.recipe, road.pipeline, accepted
-    if recipe.general_demonstrations is not None:
+    if recipe.has("general_demonstrations"):
         exclude = None if road.general is None else road.general["heldout"]
-        source = pipeline.input("general_demonstrations")
-        others = pipeline.step(
-            "general_demonstrations", "prepare", recipe.general_demonstrations, source=source, exclude=exclude
-        )
+        others = dataset(pipeline, recipe, "general_demonstrations", exclude=exclude)
         rows = pipeline.step("sft_data", "prepare", PrepareConfig(), source=accepted, also=others["train"])["train"]
     return road.step("sft", "sft", "checkpoint", model=base, train=rows)
 
@@ -257,7 +252,7 @@ def _second(road: Road, policy: Source) -> Source:
     pipeline, prompts, answers = road.pipeline, road.prompts["train"], None
     if road.general is not None:
         prompts = pipeline.step("mixed", "prepare", road.recipe.mixed, source=prompts, also=road.general["train"])["train"]
-        if road.recipe.answers is not None:
+        if road.recipe.has("answers"):
             answers = road.sampled("answers", policy, road.general)
     helpful, harmless = (
         road.made(name, lambda name=name: _judge(road, name, policy, answers)) for name in ("helpful", "harmless")
@@ -266,7 +261,7 @@ def _second(road: Road, policy: Source) -> Source:
 
 
 def _judge(road: Road, name: str, policy: Source, answers: Source) -> Source:
-    labels = road.pipeline.step(f"{name}_labels", "label", getattr(road.recipe, f"{name}_labels"), samples=answers)
+    labels = made(road.pipeline, road.recipe, f"{name}_labels", samples=answers)
     parts = {"train": labels["train"], "heldout": labels["heldout"]}
     return road.step(name, "reward_model", "checkpoint", model=policy, **parts)
 

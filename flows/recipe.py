@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, GetJsonSchemaHandler, ValidationError, model_validator
@@ -17,13 +17,17 @@ from flows.inputs import Inputs, kinds
 from flows.pools import Pools
 from stages.artifacts import Kind
 from stages.errors import InputError
-from stages.specs.base import Config
+from stages.specs import STAGES, Config
 from stages.specs.common import UNSAID
 from tasks.launch import Launch
 
 
 class Recipe(Config):
-    """What every recipe has. Its other fields are one config a step."""
+    """What every recipe has. Its other fields are one config a step. `ALWAYS` says which steps, or artifacts in their place, it
+    cannot do without; `NEEDS` which a step cannot."""
+
+    ALWAYS: ClassVar[Sequence[str]] = ()
+    NEEDS: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][\w-]*$",
@@ -48,6 +52,19 @@ class Recipe(Config):
                 filled[name] = value | {"seed": values.get("seed", 0)}
         return filled
 
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for step in (one for one in self.ALWAYS if not self.has(one)):
+            about = type(self).model_fields[step].description
+            raise ValueError(f"{step} is missing: {about} In its place there may be {self._place(step)}")
+        for step, others in self.NEEDS.items():
+            missing = next((other for other in others if not self.has(other)), None) if self.makes(step) else None
+            if missing:
+                raise ValueError(
+                    f"the step {step} needs {missing}: a step of this name, or {self._place(missing)} in its place"
+                )
+        return self
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = super().__get_pydantic_json_schema__(core_schema, handler)
@@ -66,6 +83,31 @@ class Recipe(Config):
     def given(self) -> dict[str, str]:
         """The inputs that are given."""
         return {name: reference for name, reference in dict(self.inputs).items() if reference}
+
+    def stage(self, step: str) -> str:
+        """The stage of a step that is a field of the recipe."""
+        config = config_type(type(self).model_fields[step].annotation)
+        return next(name for name, spec in STAGES.items() if spec.config is config)
+
+    def in_place(self, step: str, stage: str | None = None) -> dict[str, str]:
+        """The inputs given in the place of a step, by the outputs that they stand for: NAME_OUTPUT, or just NAME for what the
+        step is for. An input that is named as a step of `prepare` is what that reads."""
+        spec = STAGES[stage or self.stage(step)]
+        named = {f"{step}_{output}": output for output in spec.outputs}
+        if spec.name != "prepare":
+            named[step] = spec.main
+        return {output: name for name, output in named.items() if name in self.given()}
+
+    def _place(self, step: str) -> str:
+        return f"inputs.{step}_train" if self.stage(step) == "prepare" else f"inputs.{step}"
+
+    def has(self, step: str) -> bool:
+        """Whether there is what a step makes: by the step, or by what is given in its place."""
+        return getattr(self, step) is not None or bool(self.in_place(step))
+
+    def makes(self, step: str) -> bool:
+        """Whether a step is there and nothing is given in its place."""
+        return getattr(self, step) is not None and not self.in_place(step)
 
     def references(self) -> dict[str, tuple[str, Kind]]:
         """The inputs that are given, with what kind each is."""

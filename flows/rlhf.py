@@ -27,10 +27,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from flows.beginning import BeginningRecipe, begin, both, prepare, prepared
+from flows.beginning import BeginningRecipe, begin, both, prepared
 from flows.forms import recipe_flow
 from flows.inputs import RlhfInputs
 from flows.iterations import again, iteration
+from flows.places import dataset, made
 from flows.runner import Definition, run_pipeline
 from stages.rewards import REWARDS
 from stages.specs.evaluate import EvaluateConfig
@@ -98,29 +99,35 @@ class RlhfRecipe(BeginningRecipe):
             raise ValueError("iterations and refit are grpo's; ppo keeps its reference")
         if self.refit and (self.samples is None or self.labels is None):
             raise ValueError("refit needs the steps samples and labels, which it repeats")
-        if self.labels is not None and (self.labels.form == "steps") != self.rates_steps:
+        if self.refit and self.reward_model is None and self.in_place("reward_model"):
+            raise ValueError("refit needs the step reward_model, which it repeats, though the first reward model is given")
+        labelled = self.refit or (self.reads_preferences and self.labels_samples)
+        if self.labels is not None and labelled and (self.labels.form == "steps") != self.learns_steps:
             raise ValueError(
                 "labels.form: steps makes a process model, which only grpo with the reward `process_model` can use: have both "
                 "or neither"
             )
         if {"reward_model", "process_model"} <= self.named:
             raise ValueError("grpo.rewards name reward_model and process_model, and the recipe makes one: leave one out")
-        if self.reward_model is None and (self.ppo is not None or self.named & {"reward_model", "process_model"}):
-            raise ValueError("the step reward_model is missing: ppo, or a reward of grpo, reads what it makes")
+        if not self.has("reward_model") and (self.ppo is not None or self.named & {"reward_model", "process_model"}):
+            raise ValueError(
+                "the step reward_model is missing: ppo, or a reward of grpo, reads what it makes; in its place there may be "
+                "inputs.reward_model"
+            )
         if self.refit and not self.named & {"reward_model", "process_model"}:
             raise ValueError("refit trains the reward model anew, which grpo.rewards do not name: leave it out")
-        if self.dpo is not None and self.rates_steps:
+        if self.makes("dpo") and self.learns_steps:
             raise ValueError(
                 "dpo learns from comparisons of completions, and a process model from labels of steps: leave one out"
             )
-        if self.implicit and (self.dpo is None or not self.dpo.objective.feeding.reference):
+        if self.implicit and not self.in_place("dpo") and (self.dpo is None or not self.dpo.objective.feeding.reference):
             raise ValueError(
                 "implicit_reward is what the step dpo has learnt, relative to its reference: have that step, with an objective "
-                "that has a reference"
+                "that has a reference, or give such a model as inputs.dpo"
             )
         if not self.rates_steps and self.measures_steps:
             raise ValueError("evaluate.rewards name process_model, which the recipe does not make: grpo.rewards do not name it")
-        if (self.ppo is None or self.ppo.ptx is None) and (self.ptx is not None or self.inputs.ptx):
+        if (self.ppo is None or self.ppo.ptx is None) and (self.ptx or self.inputs.ptx or self.inputs.ptx_train):
             raise ValueError(
                 "the recipe gives demonstrations for PPO-ptx, but ppo.ptx, which says how to mix them in, is not set"
             )
@@ -130,6 +137,28 @@ class RlhfRecipe(BeginningRecipe):
     def rates_steps(self) -> bool:
         """Whether the reward model is a process model, as grpo's rewards say."""
         return "process_model" in self.named
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether any reward model is trained here."""
+        return self.refit or self.makes("reward_model")
+
+    @property
+    def learns_steps(self) -> bool:
+        """Whether that is a process model, which learns from labels of steps."""
+        return self.rates_steps and self.trains_reward
+
+    @property
+    def reads_preferences(self) -> bool:
+        return self.trains_reward or self.makes("dpo")
+
+    @property
+    def reads_demonstrations(self) -> bool:
+        return super().reads_demonstrations or self.reads_samples
+
+    @property
+    def reads_samples(self) -> bool:
+        return self.trains_reward and not self.rates_steps
 
     @property
     def measures_steps(self) -> bool:
@@ -151,20 +180,21 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
     """The steps in order."""
     data = prepared(pipeline, recipe)
     if recipe.ppo is not None and recipe.ppo.ptx is not None:
-        source, heldout = pipeline.input("ptx"), data["prompts"]["heldout"]
-        data["ptx"] = prepare(pipeline, "ptx", recipe.ptx or PrepareConfig(), source, heldout)
+        data["ptx"] = dataset(pipeline, recipe, "ptx", exclude=data["prompts"]["heldout"], default=PrepareConfig())
     begun = begin(pipeline, recipe, data)
     prompts, sft = data["prompts"], begun.sft
     models = Models(sft, sft)
-    if recipe.dpo is not None:
-        made = pipeline.step("dpo", "preference", recipe.dpo, policy=sft, **both(begun.preferences))
-        models = replace(models, start=made["checkpoint"])
+    if recipe.has("dpo"):
+        tuned = made(pipeline, recipe, "dpo", policy=sft, **both(begun.preferences))
+        models = replace(models, start=tuned["checkpoint"])
     learnt_from: dict[str, Source] = both(begun.preferences)
+    if not recipe.rates_steps and "demonstrations" in data:
+        learnt_from["demonstrations"] = data["demonstrations"]["train"]
     if not recipe.rates_steps:
-        learnt_from |= {"demonstrations": data["demonstrations"]["train"], "samples": begun.samples}
-    if recipe.reward_model is not None:
-        made = pipeline.step("reward_model", "reward_model", recipe.reward_model, model=sft, **learnt_from)
-        models = replace(models, reward=made["checkpoint"])
+        learnt_from["samples"] = begun.samples
+    if recipe.has("reward_model"):
+        learnt = made(pipeline, recipe, "reward_model", model=sft, **learnt_from)
+        models = replace(models, reward=learnt["checkpoint"])
 
     def measure(name: str, policy: Source, before: Source) -> None:
         judges = models.judges(reward.name for reward in recipe.evaluate.rewards)
@@ -173,9 +203,10 @@ def steps(pipeline: Pipeline, recipe: RlhfRecipe) -> None:
         sources = {"policy": policy, "prompts": prompts["heldout"], "reference": before, "opponent": before}
         pipeline.step(f"evaluate-{name}", "evaluate", recipe.evaluate, **sources, **judges)
 
-    measure("base", begun.base, None)
+    if begun.base is not None:
+        measure("base", begun.base, None)
     measure("sft", sft, begun.base)
-    if recipe.dpo is not None:
+    if recipe.has("dpo"):
         measure("dpo", models.start, sft)
     if recipe.ppo is not None:
         ptx = data["ptx"]["train"] if "ptx" in data else None
@@ -209,8 +240,10 @@ def _grpo(pipeline: Pipeline, recipe: RlhfRecipe, prompts: Source, models: Model
     for number in range(1, recipe.iterations + 1):
         if number > 1 and recipe.refit and recipe.reward_model is not None:
             learnt_from = _relabelled(pipeline, recipe, number, policy, prompts, learnt_from)
-            made = pipeline.step(f"reward_model-{number}", "reward_model", recipe.reward_model, model=models.sft, **learnt_from)
-            models = replace(models, reward=made["checkpoint"])
+            again_learnt = pipeline.step(
+                f"reward_model-{number}", "reward_model", recipe.reward_model, model=models.sft, **learnt_from
+            )
+            models = replace(models, reward=again_learnt["checkpoint"])
         inputs = {"prompts": prompts, "reference": reference, **models.judges(recipe.named)}
         policy = iteration(pipeline, "grpo", recipe.grpo, number, policy, inputs)
     return policy

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from prefect import task
 from prefect.exceptions import MissingContextError
@@ -36,13 +37,13 @@ from tasks.store import Store
 
 
 class StepResult(BaseModel):
-    """What a step came to."""
+    """What a step came to. One in whose place artifacts are given has these and the run that made the first, and no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     stage: str
-    status: Status
+    status: Status | Literal["given"]
     seconds: float
     reason: str
     run_id: str

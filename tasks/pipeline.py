@@ -76,6 +76,28 @@ class Pipeline:
             raise InputError(f"inputs.{name} is needed by this recipe's steps and is not given{others}")
         return given
 
+    def given(self, name: str, stage: str, inputs: Mapping[str, str]) -> Outputs | None:
+        """What inputs, by the outputs that they stand for, give in the place of a step, which is then not run; None if none is.
+
+        An output that is not given is one that the step did not make. Raises InputError when the step is to be computed again.
+        """
+        if not inputs:
+            return None
+        known = {output: self.inputs[one] for output, one in inputs.items()}
+        if name == self.from_step:
+            raise InputError(
+                f"--from {name}: inputs.{next(iter(inputs.values()))} is given in this step's place, so it is not computed; "
+                "leave the input out, or name a step that follows"
+            )
+        reason = ", ".join(f"inputs.{one} is {self.inputs[one]}" for one in inputs.values())
+        if self.only_plan:
+            self.plans.append((name, stage, Plan(action="given", reason=reason, outputs=known)))
+        else:
+            maker, _ = self.store.maker(next(iter(known.values())))
+            found = {"run_id": maker.info.run_id, "metrics": {}, "artifacts": known}
+            self.results.append(StepResult(name=name, stage=stage, status="given", seconds=0, reason=reason, **found))
+        return Outputs(name, known)
+
     def step(self, name: str, stage: str, config: Config, **sources: Source) -> Outputs:
         """Run or plan one step; inputs that are None are left out. Raises InputError when a required one is missing."""
         spec = STAGES[stage]

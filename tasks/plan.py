@@ -1,4 +1,4 @@
-"""What a step would do now, and why: skip, resume or run."""
+"""What a step would do now, and why: skip, resume or run; or nothing, since what it makes is given."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class StepCall(BaseModel):
 
 
 class Plan(BaseModel):
-    """What a step would do now, and why. `outputs` are known when it would be skipped."""
+    """What a step would do now, and why. `outputs` are known when it would be skipped or is given."""
 
-    action: Literal["skip", "resume", "run"]
+    action: Literal["skip", "resume", "run", "given"]
     reason: str
     outputs: dict[str, Handle] = {}
 

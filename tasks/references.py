@@ -105,10 +105,26 @@ def _copy(text: str, kind: Kind, folder: Path) -> None:
     if path.is_dir():
         shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
         return
-    anchor = Path(path.anchor)
-    found = sorted(anchor.glob(str(path.relative_to(anchor)))) if kind == "dataset" else []
-    for file in found or [_existing(text)]:
-        shutil.copyfile(file, folder / file.name)
+    found = _matching(text, path) if kind == "dataset" and any(c in text for c in "*?[") and not path.exists() else []
+    files = found or [_existing(text)]
+    # Files of several folders may have one name: they keep the folders that they do not share.
+    above = os.path.commonpath([file.parent for file in files])
+    for file in files:
+        copy = folder / file.relative_to(above)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _matching(text: str, pattern: Path) -> list[Path]:
+    """The files that a glob names. Raises InputError when there are none."""
+    anchor = Path(pattern.anchor)
+    try:
+        found = sorted(file for file in anchor.glob(str(pattern.relative_to(anchor))) if not file.is_dir())
+    except ValueError as error:
+        raise InputError(f"{text}: no pattern of files: {error}") from error
+    if not found:
+        raise InputError(f"{text}: no file matches this pattern; a relative one is sought from {Path.cwd()}")
+    return [_existing(str(file)) for file in found]
 
 
 def _existing(text: str) -> Path:

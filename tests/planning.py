@@ -16,7 +16,7 @@ class Seen(Pipeline):
 
     def __init__(self, inputs: Any) -> None:
         store: Any = None
-        super().__init__("r1", store, inputs, "")
+        super().__init__("r1", store, inputs, "", only_plan=True)
         self.read: dict[str, dict[str, str]] = {}
         self.made: dict[str, tuple[str, Any]] = {}
 

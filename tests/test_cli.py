@@ -16,6 +16,9 @@ import pytest
 from conftest import ROOT
 
 from flows.cli import main
+from tasks.home import configure_environment
+from tasks.lineage import trace
+from tasks.store import Store
 
 RECIPE = "tests/tiny/rlhf.yaml"
 COMMAND = [sys.executable, "-m", "flows.cli"]
@@ -117,6 +120,8 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     languages, classifiers = ["LlamaForCausalLM"] * 3, ["LlamaForSequenceClassification"] * 2
     assert sorted(json.loads(done.stdout)) == sorted([*["dataset"] * datasets, *languages, *classifiers])
 
+    entered(state)
+
     # What is held out is taken out of all that is trained on.
     planned = stages(posttrain(state, "run", RECIPE, "--dry-run", "--json", "--set", "prompts.heldout=0.3"))
     assert {stage["action"] for stage in planned.values()} == {"run"}
@@ -141,6 +146,35 @@ def test_first_run_then_second_then_changes(state: Path) -> None:
     assert mistaken.returncode == 2
     assert "--from stf: no step has this name; there are prompts, corpus" in mistaken.stderr
     assert "ran" not in mistaken.stderr, "it was seen before anything was computed"
+
+
+def entered(state: Path) -> None:
+    """What the steps have made, given in their place: what follows is there already, or is made of it."""
+    own = [f"{name}=models:/tiny-{name}/1" for name in ("base", "sft")]
+    own += ["samples=datasets:/tiny-samples-samples/1", "ptx_train=datasets:/tiny-ptx-train/1"]
+    made_by = {"prompts": "prompts", "demonstrations": "demonstrations", "preferences": "labels"}
+    own += [f"{name}_{part}=datasets:/tiny-{made}-{part}/1" for name, made in made_by.items() for part in ("train", "heldout")]
+    words = [word for one in own for word in ("--set", f"inputs.{one}")]
+    unconfigured = [word for name in (*made_by, "samples", "labels", "sft") for word in ("--set", f"{name}=null")]
+    done = posttrain(state, "run", RECIPE, "--json", "--set", "name=entered", "--set", "ppo.steps=2", *words, *unconfigured)
+    found = stages(done)
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        **dict.fromkeys(["prompts", "demonstrations", "preferences", "ptx", "base", "sft", "samples"], "given"),
+        **dict.fromkeys(["reward_model", "evaluate-base", "evaluate-sft"], "skipped"),
+        **dict.fromkeys(["ppo", "evaluate-ppo"], "ran"),
+    }
+    [line] = [line for line in done.stderr.splitlines() if "tiny-labels-train/1" in line]
+    assert [cell.strip() for cell in line.strip("│ ").split("│")] == ["preferences", "given", "0.0", "", "tiny-labels-train/1"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("POSTTRAIN_HOME", str(state))
+        back = {str(node): node for node in trace(Store(configure_environment()), "models:/entered-ppo/1")}
+    ports = {
+        port: str(next(node for node in back.values() if node.uri == uri)) for port, uri in back["entered-ppo/1"].inputs.items()
+    }
+    assert ports == {
+        **dict.fromkeys(["policy", "reference"], "tiny-sft/1"),
+        **{"reward": "tiny-reward_model/1", "prompts": "tiny-prompts-train/1", "ptx": "tiny-ptx-train/1"},
+    }
 
 
 def test_seeds_that_are_no_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from planning import Seen, noted
 
 from flows.dpo import DpoRecipe, steps
 from flows.recipe import parse, read_recipe
+from flows.runner import plan_pipeline
 from stages.errors import InputError
 
 TINY = ROOT / "tests" / "tiny" / "dpo.yaml"
@@ -143,6 +144,21 @@ def test_a_tiny_recipe_runs_every_way_and_would_then_be_skipped(tmp_path: Path) 
     first, said = run()
     assert {stage["status"] for stage in first} == {"ran"}
     assert {stage["action"] for stage in run("--dry-run")[0]} == {"skip"}
+    # What the steps have made, given in their place, is read as they made it: all that follows is there.
+    own = [*(f"{name}=models:/tiny-dpo-{name}/1" for name in ("base", "sft", "reward_model"))]
+    sets = ("prompts", "prompts"), ("demonstrations", "demonstrations"), ("preferences", "labels"), ("reference", "reference")
+    own += [f"{name}_{part}=datasets:/tiny-dpo-{made}-{part}/1" for name, made in sets for part in ("train", "heldout")]
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("POSTTRAIN_HOME", str(tmp_path))
+        entered = read_recipe(TINY, [f"inputs.{one}" for one in own])
+        plans = plan_pipeline(parse(DpoRecipe, entered, "dpo.yaml"), steps).plans
+    given = {"base", "sft", "reward_model", *(name for name, _ in sets)}
+    assert {name: plan.action for name, _, plan in plans} == {
+        stage["name"]: "given" if stage["name"] in given else "skip"
+        for stage in [*first, {"name": "preferences"}]
+        if stage["name"] not in ("corpus", "samples", "labels")
+    }
+
     by_name = {stage["name"]: stage for stage in first}
     assert {"pair_accuracy", "reward_margin", "kl", "win_rate", "length"} <= by_name["dpo"]["metrics"].keys()
     assert by_name["dpo"]["metrics"]["kl_before"] == pytest.approx(0, abs=1e-4)

@@ -81,12 +81,21 @@ def test_every_field_says_what_it_is_and_can_be_written(flow: str) -> None:
         assert "position" in field, path
         if "anyOf" in field:
             titles = [resolved(schema, branch)["title"] for branch in field["anyOf"]]
-            assert titles in (["Off", "On"], ["All", "By name"]), path
+            assert titles in (["Off", "On"], ["On", "Off"], ["All", "By name"]), path
         elif field["type"] == "object":
             assert field["properties"], f"{path} would be raw JSON"
             assert field["additionalProperties"] is False, path
         else:
             assert field["type"] in ("string", "integer", "number", "boolean", "array"), path
+
+
+@pytest.mark.parametrize("flow", PIPELINES)
+def test_a_step_that_only_an_artifact_in_its_place_makes_needless_is_at_first_on(flow: str) -> None:
+    schema, kind = schema_of(flow), _definition(flow).recipe
+    shown = resolved(schema, schema["properties"]["recipe"])["properties"]
+    at_first = {name: field["anyOf"][0]["title"] for name, field in shown.items() if "anyOf" in field}
+    needed = {*kind.ALWAYS, *(other for step in kind.ALWAYS for other in kind.NEEDS.get(step, ()))}
+    assert {name for name, title in at_first.items() if title == "On"} == needed
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -248,7 +257,7 @@ def test_a_flow_may_take_further_texts() -> None:
     _, recipe = recipe_of(ROOT / "tests" / "tiny" / "rlhf.yaml")
     assert made.fn(recipe, None, "x") == made.fn(recipe, labels="x", from_step="") == ("tiny", None, "x")
     assert made.fn(parameters(recipe)["recipe"]) == ("tiny", None, None)
-    assert made.fn({"name": "web", "inputs": {}}).message.startswith("recipe: demonstrations is missing: Prepares the dem")
+    assert made.fn({"name": "web", "inputs": {}}).message.startswith("recipe: evaluate is missing: How every model")
 
 
 RUN = """

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from planning import Seen, noted
 
-from flows.r1 import DEFINITION, NEEDS, R1Recipe, steps
+from flows.r1 import DEFINITION, R1Recipe, steps
 from flows.recipe import parse, read_recipe
 from stages.errors import InputError
 
@@ -156,9 +156,9 @@ def test_a_distillation_of_outputs_reads_no_teacher() -> None:
     assert seen.read["distilled"] == {"model": "student_base.checkpoint", "train": "accepted.train"}
 
 
-@pytest.mark.parametrize(("name", "needed"), [(name, one) for name, others in NEEDS.items() for one in others])
+@pytest.mark.parametrize(("name", "needed"), [(name, one) for name, others in R1Recipe.NEEDS.items() for one in others])
 def test_a_step_says_what_it_needs(name: str, needed: str) -> None:
-    with pytest.raises(InputError, match=rf"the step \w+ needs {needed}: a step of this name, or an input"):
+    with pytest.raises(InputError, match=rf"the step \w+ needs {needed}: a step of this name, or inputs\.{needed}"):
         parse(R1Recipe, tiny(without=(needed,)), "r1.yaml")
 
 

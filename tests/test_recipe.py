@@ -18,7 +18,7 @@ from stages.errors import InputError
 TINY = ROOT / "tests" / "tiny" / "rlhf.yaml"
 
 
-def tiny(*settings: str, seed: int | None = None) -> RlhfRecipe:
+def tiny(*settings: str, seed: int | None = None) -> Any:
     return parse(RlhfRecipe, read_recipe(TINY, settings, seed), "tiny.yaml")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import INIT
 
-from stages.artifacts import Kind
+from stages.artifacts import Kind, read_manifest
+from stages.data.sources import read_files
 from stages.errors import InputError
 from tasks.references import expand, resolve
 from tasks.store import Store
@@ -43,6 +44,26 @@ def test_a_glob_names_several_files(store: Store, rows: Path) -> None:
     (rows.parent / "more.jsonl").write_text("{}\n")
     made = resolve(store, str(rows.parent / "*.jsonl"), "dataset")
     assert sorted(path.name for path in store.locate(made).iterdir()) == ["more.jsonl", "rows.jsonl"]
+
+
+def test_a_glob_over_several_folders_loses_no_file(store: Store, tmp_path: Path) -> None:
+    deep = tmp_path / "data"
+    names = ["a/rows.jsonl", "a/b/rows.jsonl", "a/c/other.jsonl"]
+    for number, name in enumerate(names):
+        (deep / name).parent.mkdir(parents=True, exist_ok=True)
+        (deep / name).write_text(json.dumps({"prompt": str(number)}) + "\n")
+    made = store.locate(resolve(store, f"{deep}/**/*.jsonl", "dataset"))
+    read = list(read_files(made))
+    assert read == [
+        ("b/rows.jsonl row 1", {"prompt": "1"}),
+        ("c/other.jsonl row 1", {"prompt": "2"}),
+        ("rows.jsonl row 1", {"prompt": "0"}),
+    ]
+    # Files of one folder have their bare names, so that where the folder lies is no part of the digest.
+    alone = resolve(store, f"{deep}/a/**/oth*.jsonl", "dataset")
+    assert alone.digest == resolve(store, f"{deep}/a/c/other.jsonl", "dataset").digest
+    shutil.copytree(deep, tmp_path / "elsewhere")
+    assert resolve(store, f"{tmp_path}/elsewhere/**/*.jsonl", "dataset").digest == read_manifest(made, "dataset").digest
 
 
 def test_folder_and_file_as_model(store: Store, tmp_path: Path) -> None:
@@ -87,6 +108,9 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     ("reference", "kind", "words"),
     [
         ("./missing/rows.jsonl", "dataset", "no such file"),
+        ("./missing/*.jsonl", "dataset", "no file matches this pattern"),
+        ("./test*/*.nothing", "dataset", "no file matches this pattern"),
+        ("./**.jsonl", "dataset", "no pattern of files"),
         ("procedural:chain-sum/bas", "dataset", "near: chain-sum/base"),
         ("init:nothing.yaml", "model", "no such file"),
         ("models:/source-a", "model", "models:/NAME/VERSION"),

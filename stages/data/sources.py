@@ -34,10 +34,10 @@ def read_source(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
 
 
 def read_files(folder: Path) -> Iterator[RawRow]:
-    """(where, row) pairs of the flat files in a folder, by name, streamed. Raises InputError as `read_source` does."""
+    """(where, row) pairs of the flat files in a folder and below it, streamed. Raises InputError as `read_source` does."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     for path in files:
-        yield from _file(path)
+        yield from _file(path, path.relative_to(folder).as_posix())
 
 
 def _procedural(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
@@ -64,22 +64,20 @@ def _hub(folder: Path, config: PrepareConfig) -> Iterator[RawRow]:
         raise InputError(f"{name}: cannot be read after row {number}: {error}") from error
 
 
-def _file(path: Path) -> Iterator[RawRow]:
+def _file(path: Path, name: str) -> Iterator[RawRow]:
     readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if suffix not in readers:
-        raise InputError(
-            f"{path.name}: cannot read rows from a {suffix or 'file without suffix'}; use one of {', '.join(readers)}"
-        )
+        raise InputError(f"{name}: cannot read rows from a {suffix or 'file without suffix'}; use one of {', '.join(readers)}")
     number = 0
     try:
-        for number, row in enumerate(readers[suffix](path), start=1):
-            yield f"{path.name} row {number}", row
+        for number, row in enumerate(readers[suffix](path, name), start=1):
+            yield f"{name} row {number}", row
     except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path.name}: cannot be read after row {number}: {error}") from error
+        raise InputError(f"{name}: cannot be read after row {number}: {error}") from error
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _jsonl(path: Path, name: str) -> Iterator[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -87,31 +85,32 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path.name} line {number}: not JSON ({error})") from error
+                raise InputError(f"{name} line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise InputError(f"{path.name} line {number}: a row must be a JSON object, this is a {type(row).__name__}")
+                raise InputError(f"{name} line {number}: a row must be a JSON object, this is a {type(row).__name__}")
             yield row
 
 
-def _json(path: Path) -> Iterator[dict[str, Any]]:
+def _json(path: Path, name: str) -> Iterator[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path.name}: not JSON ({error})") from error
+        raise InputError(f"{name}: not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path.name}: must be a list of objects")
+        raise InputError(f"{name}: must be a list of objects")
     yield from rows
 
 
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
+def _csv(path: Path, name: str) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row:
-                raise InputError(f"{path.name} line {reader.line_num}: has more values than the header has columns")
+                raise InputError(f"{name} line {reader.line_num}: has more values than the header has columns")
             yield row
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    del name
     for batch in open_file(path).iter_batches():
         yield from batch.to_pylist()

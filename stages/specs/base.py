@@ -88,6 +88,11 @@ class StageSpec:
     headline: tuple[str, ...] = ()
     distributed: bool = False
 
+    @property
+    def main(self) -> str:
+        """The output that a step of the stage is for."""
+        return next(iter(self.outputs))
+
     def identity(self, config: Config, inputs: Mapping[str, str]) -> dict[str, Any]:
         """All that decides the result: stage, version, config identity (reward versions within), input digests."""
         return {"stage": self.name, "version": self.version, "config": config.identity(), "inputs": dict(inputs)}

@@ -21,6 +21,8 @@ from pydantic import BaseModel, GetJsonSchemaHandler
 from stages.specs.texts import FORM
 
 SCALARS = ("string", "integer", "number", "boolean")
+# What a field says beside its title that may be None but seldom is: its page shows it open.
+AT_FIRST_ON: dict[str, Any] = {"at_first_on": True}
 OFF = {"type": "null", "title": "Off", "description": "Left out."}
 
 
@@ -48,7 +50,8 @@ def _optional(found: dict[str, Any], default: Any, handler: GetJsonSchemaHandler
     if kind.get("type") in SCALARS:
         return {**kind, **rest}
     within = handler.resolve_ref_schema(kind)["type"]
-    return rest | {"type": within, "anyOf": [OFF, on], "if": {"type": within}, "then": kind}
+    tabs = [on, OFF] if rest.pop("at_first_on", False) else [OFF, on]
+    return rest | {"type": within, "anyOf": tabs, "if": {"type": within}, "then": kind}
 
 
 def _usual(value: BaseModel) -> bool:
