@@ -95,7 +95,7 @@ class Pipeline:
         else:
             maker, _ = self.store.maker(next(iter(known.values())))
             found = {"run_id": maker.info.run_id, "metrics": {}, "artifacts": known}
-            self.results.append(StepResult(name=name, stage=stage, status="given", seconds=0, reason=reason, **found))
+            self._ended(StepResult(name=name, stage=stage, status="given", seconds=0, reason=reason, **found))
         return Outputs(name, known)
 
     def step(self, name: str, stage: str, config: Config, **sources: Source) -> Outputs:
@@ -136,12 +136,15 @@ class Pipeline:
         result = execute.with_options(retries=self.launch.retries)(
             cast(StepCall, quote(call)), wait_for=[_completed(task_run) for task_run in sorted(made_by)]
         )
-        self.results.append(result)
-        self.tell(self.results)
+        self._ended(result)
         self._makers |= {made.uri: result.task_run for made in result.artifacts.values() if result.task_run}
         if redo:
             self._redone |= {made.uri for made in result.artifacts.values()}
         return Outputs(name, result.artifacts)
+
+    def _ended(self, result: StepResult) -> None:
+        self.results.append(result)
+        self.tell(self.results)
 
     def check_from_step(self) -> None:
         """Raise InputError when `from_step` named no step of this pipeline."""
