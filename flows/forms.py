@@ -16,6 +16,7 @@ from pydantic import Field
 
 from flows.recipe import Recipe, parse
 from stages.errors import InputError
+from stages.specs.base import Config
 from stages.specs.texts import FORM
 
 FROM_STEP = "Compute this step and what follows from it again, though they are there; empty: nothing that is there."
@@ -23,8 +24,24 @@ FROM_STEP = "Compute this step and what follows from it again, though they are t
 
 def parameters(recipe: Recipe, from_step: str | None = None) -> dict[str, Any]:
     """What a deployment of the recipe's flow takes, as the form would send it: schedules and commands submit this."""
-    said = {"recipe": recipe.model_dump(mode="json", context=FORM)}
+    said: dict[str, Any] = {"recipe": _said(recipe, recipe.model_dump(mode="json", context=FORM), None)}
     return said | {"from_step": from_step} if from_step else said
+
+
+def _said(value: Any, dumped: Any, default: Any) -> Any:
+    """What is dumped of a value, without what is None where nothing else was to be expected: the form's empty fields send
+    nothing, and Prefect refuses null for them."""
+    if isinstance(value, list):
+        return [_said(one, its, None) for one, its in zip(value, dumped, strict=True)]
+    if not isinstance(value, Config):
+        return dumped
+    said: dict[str, Any] = {}
+    for name, field in type(value).model_fields.items():
+        one = getattr(value, name)
+        expected = getattr(default, name) if isinstance(default, type(value)) else field.get_default(call_default_factory=True)
+        if one is not None or expected is not None:
+            said[name] = _said(one, dumped[name], expected)
+    return said
 
 
 def recipe_flow(run: Callable[..., Any]) -> Flow[..., Any]:
