@@ -21,6 +21,9 @@ def about_servers(commands: Any) -> None:
     up.add_argument(
         "--gpus", action="append", metavar="0,1", help="GPUs of one gpu worker; may be given again; one each by default"
     )
+    up.add_argument(
+        "--pools", type=Path, metavar="FILE", help="a YAML file of work pools on Docker or Kubernetes, and of further ones"
+    )
     up.add_argument("--prefect", metavar="ADDRESS", help="join this Prefect server in place of starting one ($PREFECT_API_URL)")
     up.add_argument("--mlflow", metavar="ADDRESS", help="join this MLflow server ($MLFLOW_TRACKING_URI)")
     _places(up)
@@ -46,7 +49,7 @@ def about_servers(commands: Any) -> None:
         "ui", help="serve Prefect's and MLflow's pages over the local state until ctrl-C: up without workers"
     )
     _places(ui)
-    ui.set_defaults(command=up_command, workers=[], gpus=None, prefect=None, mlflow=None)
+    ui.set_defaults(command=up_command, workers=[], gpus=None, pools=None, prefect=None, mlflow=None)
 
 
 def up_command(options: argparse.Namespace) -> int:
@@ -59,16 +62,18 @@ def up_command(options: argparse.Namespace) -> int:
         raise InputError("to join servers give the addresses of both, with --prefect and --mlflow")
     root = configure_environment()
     from flows.control import POOLS, Up, up
+    from flows.pool_file import PoolFile, read_pools
 
-    pools = list(POOLS) if options.workers is None else options.workers
+    file = PoolFile() if options.pools is None else read_pools(options.pools)
     asked = Up(
         host=options.host,
         prefect_port=options.prefect_port,
         mlflow_port=options.mlflow_port,
         prefect=prefect.removesuffix("/").removesuffix("/api") if prefect else None,
         mlflow=mlflow,
-        pools=pools,
+        pools=list({**POOLS, **file.pools}) if options.workers is None else options.workers,
         gpus=options.gpus,
+        file=file,
     )
     up(root, asked, lambda line: print(line, flush=True))
     return 0

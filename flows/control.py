@@ -20,18 +20,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows import guard
 from flows.children import Child, keep_alive, until_stopped
 from flows.guard import LOOPBACK
+from flows.pool_file import CONTROL, DockerPool, PoolFile, Servers
 from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
 from stages.errors import InputError
 from tasks.credentials import PASSWORD, USER, Credentials, check
 from tasks.home import is_up, use_servers
 
-CONTROL = "control"
 POOLS = {
     CONTROL: "Pipelines. They wait for their steps, which run on the other pools or within them.",
     "cpu": "Steps that need no GPU.",
@@ -52,6 +52,7 @@ class Up:
     mlflow: str | None = None
     pools: Sequence[str] = ()
     gpus: Sequence[str] | None = None
+    file: PoolFile = field(default_factory=PoolFile)
 
     @property
     def joins(self) -> bool:
@@ -80,6 +81,8 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
     """
     prefect, mlflow = asked.addresses
     known = guard.required(LOOPBACK if asked.joins else asked.host)
+    for_jobs = asked.file.servers or Servers(prefect=asked.told[0], mlflow=asked.told[1])
+    asked.file.check(for_jobs, guarded=known is not None)
     with only_one(root) as record, until_stopped(), ExitStack() as stack:
         servers = [] if asked.joins else _servers(root, asked, known)
         _start(stack, servers)
@@ -91,10 +94,10 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
         draft = record.with_suffix(".draft")
         draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "artifacts": artifacts}))
         draft.replace(record)
-        if asked.pools and not asked.joins:
+        if (asked.pools or asked.file.pools) and not asked.joins:
             from flows.deploy import deploy
 
-            deploy(Path.cwd())
+            deploy(Path.cwd(), asked.file, for_jobs)
         workers = _workers(root, asked)
         _start(stack, workers)
         shown = asked.told
@@ -171,10 +174,15 @@ def _workers(root: Path, asked: Up) -> list[Child]:
     """One worker a pool; of `gpu` one a set of GPUs, which takes one step at a time."""
     made = []
     for pool in asked.pools:
-        sets = (gpu_sets() if asked.gpus is None else asked.gpus) if pool == "gpu" else [None]
+        on = asked.file.pools.get(pool)
+        process = on is None or on.type == "process"
+        sets = (gpu_sets() if asked.gpus is None else asked.gpus) if pool == "gpu" and process else [None]
+        # Two containers at once would have the same GPUs; a cluster gives each job its own.
+        alone = pool == "gpu" if process else isinstance(on, DockerPool) and on.gpus > 0
         for number, devices in enumerate(sets):
             name = f"{socket.gethostname()}-{pool}" + (f"-{number}" if number else "")
-            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+            kind = "process" if on is None else on.type
+            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", name]
             settings = WORKER if devices is None else {**WORKER, "CUDA_VISIBLE_DEVICES": devices}
-            made.append(Child(name, command + ["--limit", "1"] * (pool == "gpu"), settings, root / "logs" / f"{name}.log"))
+            made.append(Child(name, command + ["--limit", "1"] * alone, settings, root / "logs" / f"{name}.log"))
     return made

@@ -17,6 +17,8 @@ from http import HTTPStatus
 from stages.errors import InputError
 
 USER, PASSWORD = "POSTTRAIN_USER", "POSTTRAIN_PASSWORD"
+# For containers, which are given one secret: the name of the variable that has both, with a colon between them.
+BOTH = "POSTTRAIN_CREDENTIALS"
 # MLflow takes no shorter one.
 SHORTEST = 12
 ANSWER_SECONDS = 10.0
@@ -46,6 +48,8 @@ class Credentials:
 def credentials() -> Credentials | None:
     """Those of the environment, if any. Raises InputError when they are not whole, or not what both servers take."""
     user, password = os.environ.get(USER, ""), os.environ.get(PASSWORD, "")
+    if not user and not password:
+        user, _, password = os.environ.get(os.environ.get(BOTH, ""), "").partition(":")
     if not user and not password:
         return None
     if not user or not password:

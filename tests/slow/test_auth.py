@@ -25,6 +25,12 @@ ADA = Credentials("ada", "correct horse % battery: staple")
 EVE = Credentials("eve", "another horse, another staple")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 RECIPE = "flow: prepare\nname: {name}\ninputs: {{source: '{source}'}}\nprepare: {{rows: 40, heldout: 0.5}}\n"
+POOLS = """
+servers: {prefect: http://head:4200, mlflow: http://head:5000}
+pools:
+  gpu: {type: kubernetes, image: posttrain:1, gpus: 1, credentials: posttrain/login}
+  eval: {type: docker, image: posttrain:1}
+"""
 # Of Prefect's server, then of MLflow's: what is behind a page, a form, an artifact, a socket.
 ASKED = [
     ["/api/version", "/api/admin/settings", "/api/deployments/name/step/cpu", "/api/events/filter"],
@@ -72,15 +78,20 @@ def up(environment: dict[str, str], *arguments: str) -> Iterator[str]:
             child.wait()
 
 
-def status(address: str, known: Credentials | None = None) -> int:
+def fetch(address: str, known: Credentials | None) -> bytes:
     request = urllib.request.Request(address)
     if known is not None:
         request.add_header("Authorization", f"Basic {base64.b64encode(known.pair.encode()).decode()}")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read()
+
+
+def status(address: str, known: Credentials | None = None) -> int:
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status
+        fetch(address, known)
     except urllib.error.HTTPError as error:
         return error.code
+    return 200
 
 
 def see_pages(prefect: str, mlflow: str) -> None:
@@ -141,9 +152,19 @@ def test_one_user_is_let_in(tmp_path: Path) -> None:
     secrets = [text.encode() for text in (ADA.password, base64.b64encode(ADA.pair.encode()).decode().rstrip("="))]
     assert [file for file in files if any(secret in file.read_bytes() for secret in secrets)] == []
 
-    with up(environment(here, EVE), "--workers", "none", *placed):
+    elsewhere = tmp_path / "pools.yaml"
+    elsewhere.write_text(POOLS)
+    with up(environment(here, EVE), "--workers", "none", "--pools", str(elsewhere), *placed):
         for server, paths in zip(servers, ASKED, strict=True):
             assert [status(server + paths[1], one) for one in (None, ADA, EVE)] == [401, 401, 200]
+        # A pool that was of processes is of another platform now, and takes steps as before.
+        platforms = {"control": "process", "cpu": "process", "gpu": "kubernetes", "eval": "docker"}
+        for pool, platform in platforms.items():
+            made = json.loads(fetch(f"{prefect}/api/work_pools/{pool}", EVE))
+            assert made["type"] == platform
+            assert EVE.password not in json.dumps(made)
+            if pool != "control":
+                assert json.loads(fetch(f"{prefect}/api/deployments/name/step/{pool}", EVE))["work_pool_name"] == pool
         listed = posttrain(environment(here, EVE), "artifacts")
         assert listed.returncode == 0, listed.stderr
         assert "again-prepare-train" in listed.stdout
