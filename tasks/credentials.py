@@ -13,6 +13,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from functools import cache
 from http import HTTPStatus
+from http.client import HTTPException
 
 from stages.errors import InputError
 
@@ -84,7 +85,7 @@ def _ask(name: str, address: str, pair: str | None) -> None:
     except urllib.error.HTTPError as error:
         if error.code != HTTPStatus.UNAUTHORIZED:
             return
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
+    except (OSError, HTTPException):
         return
     if pair is None:
         raise InputError(f"the {name} server of {address} asks who is there: set {USER} and {PASSWORD} in the environment")

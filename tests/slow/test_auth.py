@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -26,10 +27,27 @@ EVE = Credentials("eve", "another horse, another staple")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 RECIPE = "flow: prepare\nname: {name}\ninputs: {{source: '{source}'}}\nprepare: {{rows: 40, heldout: 0.5}}\n"
 POOLS = """
-servers: {prefect: http://head:4200, mlflow: http://head:5000}
+servers: {{prefect: http://head:4200, mlflow: http://head:5000}}
 pools:
-  gpu: {type: kubernetes, image: posttrain:1, gpus: 1, credentials: posttrain/login}
-  eval: {type: docker, image: posttrain:1}
+  gpu: {{type: kubernetes, image: "posttrain:1", gpus: 1, credentials: posttrain/login}}
+  eval: {{type: docker, image: "posttrain:1", directory: {directory}}}
+"""
+# What a worker on Docker does until it starts a container: the command and the environment of one for the next step.
+DOCKER_WORKER = """
+import asyncio, json
+from prefect import get_client
+from prefect_docker.worker import DockerWorker
+
+async def main():
+    async with get_client() as client:
+        while not (waiting := await client.get_scheduled_flow_runs_for_work_pool("eval")):
+            await asyncio.sleep(0.5)
+        made = await DockerWorker.job_configuration.resolve_for_flow_run(
+            waiting[0].flow_run, client=client, work_pool=await client.read_work_pool("eval"), worker_name="worker"
+        )
+        print(json.dumps([made.command, made.env]))
+
+asyncio.run(main())
 """
 # Of Prefect's server, then of MLflow's: what is behind a page, a form, an artifact, a socket.
 ASKED = [
@@ -110,6 +128,35 @@ def see_pages(prefect: str, mlflow: str) -> None:
         browser.close()
 
 
+def run_as_a_container(folder: Path, here: dict[str, str], prefect: str, mlflow: str) -> None:
+    """A step on the pool of Docker, in a process with nothing but what its container would have."""
+    recipe = folder / "contained.yaml"
+    text = RECIPE.format(name="contained", source="procedural:chain-sum/prompts") + "pools: {default: eval}\n"
+    recipe.write_text(text.replace("rows: 40", "rows: 30"))  # else it is there already
+    pipeline = subprocess.Popen([*COMMAND, "run", str(recipe)], cwd=ROOT, env=here, stderr=subprocess.PIPE, text=True)
+    try:
+        worker = environment_for(folder / "worker") | {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": EVE.pair}
+        said = subprocess.run([sys.executable, "-c", DOCKER_WORKER], env=worker, capture_output=True, text=True, timeout=120)
+        assert said.returncode == 0, said.stderr
+        command, env = json.loads(said.stdout)
+        # As names are found in the container's network.
+        found = {
+            name: text.replace("http://head:4200", prefect).replace("http://head:5000", mlflow) for name, text in env.items()
+        }
+        directory = Path(found["POSTTRAIN_HOME"])
+        directory.mkdir()
+        path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(directory)}
+        ran = subprocess.run(
+            command.split(), cwd=directory, env=path | found, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "prepare: ran in" in ran.stdout + ran.stderr
+        assert pipeline.wait(120) == 0, pipeline.communicate()[1]
+    finally:
+        pipeline.kill()
+        pipeline.communicate()
+
+
 def test_one_user_is_let_in(tmp_path: Path) -> None:
     ports = (free_port(), free_port())
     servers = prefect, mlflow = tuple(f"http://127.0.0.1:{port}" for port in ports)
@@ -153,7 +200,7 @@ def test_one_user_is_let_in(tmp_path: Path) -> None:
     assert [file for file in files if any(secret in file.read_bytes() for secret in secrets)] == []
 
     elsewhere = tmp_path / "pools.yaml"
-    elsewhere.write_text(POOLS)
+    elsewhere.write_text(POOLS.format(directory=tmp_path / "container"))
     with up(environment(here, EVE), "--workers", "none", "--pools", str(elsewhere), *placed):
         for server, paths in zip(servers, ASKED, strict=True):
             assert [status(server + paths[1], one) for one in (None, ADA, EVE)] == [401, 401, 200]
@@ -165,7 +212,9 @@ def test_one_user_is_let_in(tmp_path: Path) -> None:
             assert EVE.password not in json.dumps(made)
             if pool != "control":
                 assert json.loads(fetch(f"{prefect}/api/deployments/name/step/{pool}", EVE))["work_pool_name"] == pool
+        run_as_a_container(tmp_path, environment(here, EVE), prefect, mlflow)
         listed = posttrain(environment(here, EVE), "artifacts")
         assert listed.returncode == 0, listed.stderr
         assert "again-prepare-train" in listed.stdout
+        assert "contained-prepare-train" in listed.stdout
     assert not (here / "up.json").exists()
