@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from flows.commands import about_servers, require_servers
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,41 +72,7 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--detach", action="store_true", help="with servers up: go on with it on the pool control, and end")
     label.set_defaults(command=label_command, seeds=None, from_step=None, dry_run=False, json=False)
 
-    up = commands.add_parser(
-        "up", help="start servers and workers over the local state, or workers that join servers elsewhere"
-    )
-    up.add_argument(
-        "--workers", type=_names, metavar="POOL,POOL", help="which pools have workers here; control,cpu,gpu when not given"
-    )
-    up.add_argument(
-        "--gpus", action="append", metavar="0,1", help="GPUs of one gpu worker; may be given again; one each by default"
-    )
-    up.add_argument("--prefect", metavar="ADDRESS", help="join this Prefect server in place of starting one ($PREFECT_API_URL)")
-    up.add_argument("--mlflow", metavar="ADDRESS", help="join this MLflow server ($MLFLOW_TRACKING_URI)")
-    _ports(up)
-    up.set_defaults(command=up_command)
-
-    down = commands.add_parser("down", help="stop what `posttrain up` started over this state")
-    down.set_defaults(command=down_command)
-
-    deploy = commands.add_parser(
-        "deploy", help="make a recipe a deployment on the servers, with a filled-in form, and schedule it"
-    )
-    deploy.add_argument("recipe", type=Path, help="a YAML file, for example configs/quickstart.yaml")
-    deploy.add_argument(
-        "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", dest="settings", help="change one value"
-    )
-    deploy.add_argument("--seed", type=int, help="the recipe's seed")
-    when = deploy.add_mutually_exclusive_group()
-    when.add_argument("--every", metavar="TIME", type=_duration, help="run it so often: 90s, 30m, 12h, 7d; never twice at once")
-    when.add_argument("--cron", metavar="'MIN HOUR DAY MONTH WEEKDAY'", help="run it at these times")
-    deploy.set_defaults(command=deploy_command)
-
-    ui = commands.add_parser(
-        "ui", help="serve Prefect's and MLflow's pages over the local state until ctrl-C: up without workers"
-    )
-    _ports(ui)
-    ui.set_defaults(command=up_command, workers=[], gpus=None, prefect=None, mlflow=None)
+    about_servers(commands)
     return top
 
 
@@ -138,7 +105,7 @@ def run_command(options: argparse.Namespace) -> int:
     # The server starts while this process imports what it needs.
     start_prefect_server(root)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    definition = _definition(flow)
+    definition = definition_of(flow)
     recipes = [parse(definition.recipe, values, str(options.recipe)) for values in every]
     importlib.import_module("stages.request")
     wait_until_ready(root)
@@ -184,19 +151,12 @@ def _detached(options: argparse.Namespace, every: list[dict[str, Any]], stdout: 
     from flows.deploy import start
     from flows.recipe import parse
 
-    _require_servers()
-    definition = _definition(every[0]["flow"])
+    require_servers()
+    definition = definition_of(every[0]["flow"])
     for recipe in [parse(definition.recipe, values, str(options.recipe)) for values in every]:
         given = {"labels": options.labels} if options.labels else {}
         print(start(definition.flow, recipe, options.from_step, **given), file=stdout, flush=True)
     return 0
-
-
-def _require_servers() -> None:
-    from tasks.home import home, server
-
-    if server() is None:
-        raise InputError(f"no servers are up over {home()}; start them with `posttrain up`")
 
 
 def _numbers(text: str) -> list[int]:
@@ -206,23 +166,8 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2") from None
 
 
-def _names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part and part != "none"]
-
-
-def _duration(text: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    if text[-1:] not in units or not text[:-1].isdigit() or int(text[:-1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number with its unit, such as 90s, 30m, 12h or 7d")
-    return int(text[:-1]) * units[text[-1]]
-
-
-def _ports(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prefect-port", type=int, default=4200, help="4200 when not given")
-    command.add_argument("--mlflow-port", type=int, default=5000, help="5000 when not given")
-
-
-def _definition(name: str) -> Definition:
+def definition_of(name: str) -> Definition:
+    """A flow's definition, by its name."""
     if name in PIPELINES:
         return importlib.import_module(f"flows.{name}").DEFINITION
     return importlib.import_module("flows.single").definition(name)
@@ -235,7 +180,7 @@ def _plan(options: argparse.Namespace, values: dict[str, Any], stdout: TextIO) -
     from flows.runner import plan_pipeline
     from tasks.report import print_plan
 
-    definition = _definition(values["flow"])
+    definition = definition_of(values["flow"])
     recipe = parse(definition.recipe, values, str(options.recipe))
     if definition.plan is not None:
         pipeline = definition.plan(recipe, options.from_step)
@@ -277,59 +222,6 @@ def lineage_command(options: argparse.Namespace) -> int:
         _write_document({"nodes": [node.model_dump(mode="json") for node in nodes]}, stdout)
     else:
         print_lineage(Console(file=stdout), nodes)
-    return 0
-
-
-def up_command(options: argparse.Namespace) -> int:
-    """`posttrain up` and `posttrain ui`."""
-    from tasks.home import configure_environment, server
-
-    prefect = options.prefect or os.environ.get("PREFECT_API_URL")
-    mlflow = options.mlflow or server()
-    if (prefect is None) != (mlflow is None):
-        raise InputError("to join servers give the addresses of both, with --prefect and --mlflow")
-    root = configure_environment()
-    from flows.control import POOLS, Up, up
-
-    pools = list(POOLS) if options.workers is None else options.workers
-    asked = Up(
-        prefect_port=options.prefect_port,
-        mlflow_port=options.mlflow_port,
-        prefect=prefect.removesuffix("/").removesuffix("/api") if prefect else None,
-        mlflow=mlflow,
-        pools=pools,
-        gpus=options.gpus,
-    )
-    up(root, asked, lambda line: print(line, flush=True))
-    return 0
-
-
-def down_command(options: argparse.Namespace) -> int:
-    """`posttrain down`."""
-    del options
-    from flows.control import down
-    from tasks.home import home
-
-    print("stopped" if down(home()) else f"nothing is up over {home()}")
-    return 0
-
-
-def deploy_command(options: argparse.Namespace) -> int:
-    """`posttrain deploy`."""
-    from tasks.home import configure_environment
-
-    configure_environment()
-    from datetime import timedelta
-
-    from flows.deploy import deploy_recipe
-    from flows.recipe import parse, read_recipe
-
-    _require_servers()
-    values = read_recipe(options.recipe, options.settings, options.seed)
-    definition = _definition(values["flow"])
-    recipe = parse(definition.recipe, values, str(options.recipe))
-    every = None if options.every is None else timedelta(seconds=options.every)
-    print(deploy_recipe(definition.flow, recipe, every, options.cron))
     return 0
 
 

@@ -20,15 +20,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from flows import guard
 from flows.children import Child, keep_alive, until_stopped
+from flows.guard import LOOPBACK
+from flows.pool_file import CONTROL, DockerPool, PoolFile, Servers
 from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
 from stages.errors import InputError
+from tasks.credentials import PASSWORD, USER, Credentials, check
 from tasks.home import is_up, use_servers
 
-CONTROL = "control"
 POOLS = {
     CONTROL: "Pipelines. They wait for their steps, which run on the other pools or within them.",
     "cpu": "Steps that need no GPU.",
@@ -42,13 +45,14 @@ DOWN_SECONDS = 120.0
 class Up:
     """What to bring up: `servers` here at these ports, or those at addresses that are given; workers of these pools."""
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     prefect_port: int = 4200
     mlflow_port: int = 5000
     prefect: str | None = None
     mlflow: str | None = None
     pools: Sequence[str] = ()
     gpus: Sequence[str] | None = None
+    file: PoolFile = field(default_factory=PoolFile)
 
     @property
     def joins(self) -> bool:
@@ -57,36 +61,51 @@ class Up:
 
     @property
     def addresses(self) -> tuple[str, str]:
-        """Prefect's and MLflow's."""
-        here = (f"http://{self.host}:{self.prefect_port}", f"http://{self.host}:{self.mlflow_port}")
-        return (self.prefect or here[0], self.mlflow or here[1])
+        """Prefect's and MLflow's, as this machine reaches them."""
+        return self._at(guard.nearby(self.host))
+
+    @property
+    def told(self) -> tuple[str, str]:
+        """The same, as other machines reach them."""
+        return self._at(guard.afar(self.host))
+
+    def _at(self, host: str) -> tuple[str, str]:
+        return (self.prefect or guard.url(host, self.prefect_port), self.mlflow or guard.url(host, self.mlflow_port))
 
 
 def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
     """Bring all of it up, say where, keep it alive until a signal, and stop it: workers first.
 
-    Raises InputError when a port is taken or somebody is up over this state already, RuntimeError when a server does not start.
+    Raises InputError when a port is taken, somebody is up over this state already, or others could reach servers that ask for
+    no password; RuntimeError when a server does not start.
     """
     prefect, mlflow = asked.addresses
+    known = guard.required(LOOPBACK if asked.joins else asked.host)
+    for_jobs = asked.file.servers or Servers(prefect=asked.told[0], mlflow=asked.told[1])
+    asked.file.check(for_jobs, guarded=known is not None)
     with only_one(root) as record, until_stopped(), ExitStack() as stack:
-        servers = [] if asked.joins else _servers(root, asked)
+        servers = [] if asked.joins else _servers(root, asked, known)
         _start(stack, servers)
         for address, child in zip((f"{prefect}/api/health", f"{mlflow}/health"), servers or (None, None), strict=True):
             wait_until_answered(address, child.log if child else None, child.process if child else None)
+        check(f"{prefect}/api", mlflow)
         artifacts = None if asked.joins else str(root / "artifacts")
         use_servers(prefect, mlflow, artifacts)
         draft = record.with_suffix(".draft")
         draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "artifacts": artifacts}))
         draft.replace(record)
-        if asked.pools and not asked.joins:
+        if (asked.pools or asked.file.pools) and not asked.joins:
             from flows.deploy import deploy
 
-            deploy(Path.cwd())
+            deploy(Path.cwd(), asked.file, for_jobs)
         workers = _workers(root, asked)
         _start(stack, workers)
-        say(f"Prefect, what runs and ran:     {prefect}")
-        say(f"MLflow, what was made:          {mlflow}")
-        say(f"  every checkpoint and dataset: {mlflow}/#/models")
+        shown = asked.told
+        say(f"Prefect, what runs and ran:     {shown[0]}")
+        say(f"MLflow, what was made:          {shown[1]}")
+        say(f"  every checkpoint and dataset: {shown[1]}/#/models")
+        if known is not None and not asked.joins:
+            say(f"both ask for the user of ${USER} and ${PASSWORD}; Prefect's page for the two with a colon between them")
         if workers:
             say(f"workers: {', '.join(worker.name for worker in workers)}")
         say("ctrl-C or `posttrain down` stops it all")
@@ -138,16 +157,16 @@ def _start(stack: ExitStack, children: Sequence[Child]) -> None:
         stack.callback(child.stop)
 
 
-def _servers(root: Path, asked: Up) -> list[Child]:
+def _servers(root: Path, asked: Up, known: Credentials | None) -> list[Child]:
     refuse_taken(asked.host, asked.prefect_port, "--prefect-port")
     refuse_taken(asked.host, asked.mlflow_port, "--mlflow-port")
-    prefect, mlflow = (
-        uvicorn(application, asked.host, port)
-        for application, port in ((PREFECT, asked.prefect_port), (MLFLOW, asked.mlflow_port))
-    )
+    for_prefect, for_mlflow = guard.settings(root, asked.host, asked.mlflow_port, known)
+    at_prefect, at_mlflow = prefect_settings(root, asked.addresses[0]) | for_prefect, mlflow_settings(root) | for_mlflow
+    prefect = uvicorn(PREFECT, asked.host, asked.prefect_port)
+    mlflow = uvicorn(MLFLOW if known is None else guard.MLFLOW, asked.host, asked.mlflow_port)
     return [
-        Child("the Prefect server", prefect, prefect_settings(root, asked.addresses[0]), root / "logs" / "prefect.log"),
-        Child("the MLflow server", mlflow, mlflow_settings(root), root / "logs" / "mlflow.log"),
+        Child("the Prefect server", prefect, at_prefect, root / "logs" / "prefect.log"),
+        Child("the MLflow server", mlflow, at_mlflow, root / "logs" / "mlflow.log"),
     ]
 
 
@@ -155,10 +174,15 @@ def _workers(root: Path, asked: Up) -> list[Child]:
     """One worker a pool; of `gpu` one a set of GPUs, which takes one step at a time."""
     made = []
     for pool in asked.pools:
-        sets = (gpu_sets() if asked.gpus is None else asked.gpus) if pool == "gpu" else [None]
+        on = asked.file.pools.get(pool)
+        process = on is None or on.type == "process"
+        sets = (gpu_sets() if asked.gpus is None else asked.gpus) if pool == "gpu" and process else [None]
+        # Two containers at once would have the same GPUs; a cluster gives each job its own.
+        alone = pool == "gpu" if process else isinstance(on, DockerPool) and on.gpus > 0
         for number, devices in enumerate(sets):
             name = f"{socket.gethostname()}-{pool}" + (f"-{number}" if number else "")
-            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+            kind = "process" if on is None else on.type
+            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", name]
             settings = WORKER if devices is None else {**WORKER, "CUDA_VISIBLE_DEVICES": devices}
-            made.append(Child(name, command + ["--limit", "1"] * (pool == "gpu"), settings, root / "logs" / f"{name}.log"))
+            made.append(Child(name, command + ["--limit", "1"] * alone, settings, root / "logs" / f"{name}.log"))
     return made

@@ -26,11 +26,12 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
-from prefect.workers.process import ProcessWorker
 
 from flows.cli import PIPELINES
-from flows.control import CONTROL, POOLS
+from flows.control import POOLS
 from flows.forms import parameters
+from flows.job_templates import template
+from flows.pool_file import CONTROL, Pool, PoolFile, ProcessPool, Servers
 from flows.recipe import Recipe
 from flows.step import step
 from stages.specs import STAGES
@@ -43,11 +44,14 @@ QUIET = timedelta(seconds=10)
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
-def deploy(directory: Path) -> list[str]:
-    """Make or update all of it; the names of the deployments. Pipelines run in `directory`, where recipes' paths begin."""
-    make_pools(directory)
+def deploy(directory: Path, file: PoolFile, servers: Servers) -> list[str]:
+    """Make or update all of it; the names of the deployments. Pipelines run in `directory`, where recipes' paths begin.
+
+    Pools of `file` are on the platforms that it says; their jobs find the servers at these addresses.
+    """
+    pools = make_pools(directory, file, servers)
     made = [deployment(flow, name) for name, flow in flows()]
-    made += [on_pool(step, pool, name=pool, tags=[OURS_TAG]) for pool in POOLS if pool != CONTROL]
+    made += [on_pool(step, pool, name=pool, tags=[OURS_TAG]) for pool in pools if pool != CONTROL]
     for one in made:
         one.apply()
     for automation in automations():
@@ -64,15 +68,23 @@ def flows() -> Iterator[tuple[str, Flow[..., Any]]]:
         yield name, single.definition(name).flow
 
 
-def make_pools(directory: Path) -> None:
-    """The process pools."""
+def make_pools(directory: Path, file: PoolFile, servers: Servers) -> list[str]:
+    """Make or update the pools, and return their names. One that moves to another platform is made anew, without its queue."""
+    own = {name: ProcessPool(type="process", description=description) for name, description in POOLS.items()}
+    every: dict[str, Pool] = {**own, **file.pools}
     with get_client(sync_client=True) as client:
-        for name, description in POOLS.items():
-            template = ProcessWorker.get_default_base_job_template()
-            if name == CONTROL:
-                template["variables"]["properties"]["working_dir"]["default"] = str(directory)
-            pool = WorkPoolCreate(name=name, type="process", description=description, base_job_template=template)
-            client.create_work_pool(pool, overwrite=True)
+        platforms = {found.name: found.type for found in client.read_work_pools()}
+        for name, pool in every.items():
+            if platforms.get(name, pool.type) != pool.type:
+                client.delete_work_pool(name)
+            made = WorkPoolCreate(
+                name=name,
+                type=pool.type,
+                description=pool.description or POOLS.get(name),
+                base_job_template=template(pool, servers, directory if name == CONTROL else None),
+            )
+            client.create_work_pool(made, overwrite=True)
+    return list(every)
 
 
 def deployment(

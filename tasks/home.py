@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tasks.credentials import check, credentials
+
 DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -43,11 +45,14 @@ def server() -> str | None:
 def configure_environment() -> Path:
     """Create the state folder and set what Prefect, MLflow and torch read from the environment; what is set already stays.
 
-    When `posttrain up` runs over this state, its servers are used.
+    When `posttrain up` runs over this state, its servers are used. Raises InputError when servers do not let us in.
     """
     root = home()
     for name in ("artifacts", "runs", "leases", "prefect", "cache"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    known = credentials()
+    if known is not None:
+        os.environ |= known.for_clients()
     found = None if server() or os.environ.get("PREFECT_API_URL") else is_up(root)
     if found is not None:
         use_servers(found["prefect"], found["mlflow"], found["artifacts"])
@@ -58,6 +63,7 @@ def configure_environment() -> Path:
     }
     for name, value in {**DEFAULTS, **(PATIENT if server() else {}), **places}.items():
         os.environ.setdefault(name, value)
+    check(os.environ.get("PREFECT_API_URL"), server())
     return root
 
 

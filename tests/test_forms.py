@@ -18,7 +18,7 @@ from prefect.utilities.schema_tools.validation import build_error_obj, validate
 from pydantic import BaseModel
 from test_specs import REQUIRED, reachable
 
-from flows.cli import PIPELINES, _definition
+from flows.cli import PIPELINES, definition_of
 from flows.forms import parameters, recipe_flow
 from flows.inputs import EXAMPLES, Inputs, kinds
 from flows.recipe import config_type, parse, read_recipe
@@ -34,7 +34,7 @@ UNSENT = object()
 @cache
 def schema_of(flow: str) -> Schema:
     """As a deployment registers it."""
-    return parameter_schema(_definition(flow).flow.fn).model_dump_for_openapi()
+    return parameter_schema(definition_of(flow).flow.fn).model_dump_for_openapi()
 
 
 def resolved(schema: Schema, field: Schema) -> Schema:
@@ -118,7 +118,7 @@ def test_the_first_fields_are_name_seed_and_inputs_and_the_last_launch_and_pools
 def test_bounds_and_choices_are_in_the_form(flow: str) -> None:
     names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum", "pattern": "pattern"}
     schema, checked = schema_of(flow), 0
-    for model in models(_definition(flow).recipe):
+    for model in models(definition_of(flow).recipe):
         shown = schema["definitions"].get(model.__name__.replace(" ", "_"))
         for name, field in model.model_fields.items() if shown else []:
             for bound in field.metadata:
@@ -141,7 +141,7 @@ def test_bounds_and_choices_are_in_the_form(flow: str) -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_references_are_fields_with_examples(flow: str) -> None:
-    inputs: Any = _definition(flow).recipe.model_fields["inputs"].annotation
+    inputs: Any = definition_of(flow).recipe.model_fields["inputs"].annotation
     assert issubclass(inputs, Inputs)
     shown = resolved(schema_of(flow), {"$ref": f"#/definitions/{inputs.__name__.replace(' ', '_')}"})["properties"]
     assert set(shown) == set(kinds(inputs)) != set()
@@ -155,7 +155,7 @@ def test_references_are_fields_with_examples(flow: str) -> None:
 @pytest.mark.parametrize("flow", FLOWS)
 def test_what_nobody_touches_is_the_default(flow: str) -> None:
     """Prefect's page sends every default that it shows: a wrong one would silently be another computation."""
-    schema, kind = schema_of(flow), _definition(flow).recipe
+    schema, kind = schema_of(flow), definition_of(flow).recipe
     recipe, steps = resolved(schema, schema["properties"]["recipe"]), 0
     for name, field in kind.model_fields.items():
         config: Any = config_type(field.annotation)
@@ -174,7 +174,7 @@ def test_what_nobody_touches_is_the_default(flow: str) -> None:
 @cache
 def recipe_of(path: Path) -> tuple[str, Any]:
     values = read_recipe(path)
-    return values["flow"], parse(_definition(values["flow"]).recipe, values, path.name)
+    return values["flow"], parse(definition_of(values["flow"]).recipe, values, path.name)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
