@@ -91,7 +91,7 @@ def test_every_field_says_what_it_is_and_can_be_written(flow: str) -> None:
 
 @pytest.mark.parametrize("flow", PIPELINES)
 def test_a_step_that_only_an_artifact_in_its_place_makes_needless_is_at_first_on(flow: str) -> None:
-    schema, kind = schema_of(flow), _definition(flow).recipe
+    schema, kind = schema_of(flow), definition_of(flow).recipe
     shown = resolved(schema, schema["properties"]["recipe"])["properties"]
     at_first = {name: field["anyOf"][0]["title"] for name, field in shown.items() if "anyOf" in field}
     needed = {*kind.ALWAYS, *(other for step in kind.ALWAYS for other in kind.NEEDS.get(step, ()))}
