@@ -98,6 +98,9 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
             from flows.deploy import deploy
 
             deploy(Path.cwd(), asked.file, for_jobs)
+            from flows.keeper import keep
+
+            keep(say)
         workers = _workers(root, asked)
         _start(stack, workers)
         shown = asked.told

@@ -21,7 +21,6 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import ChangeFlowRunState, EventTrigger, Posture
-from prefect.events.actions import ActionTypes
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
@@ -40,7 +39,6 @@ from tasks.home import OURS_TAG
 PIPELINE_TAG = "pipeline"
 # A flow run tells every 30 s that it lives.
 SILENCE = timedelta(seconds=90)
-QUIET = timedelta(seconds=10)
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -54,8 +52,7 @@ def deploy(directory: Path, file: PoolFile, servers: Servers) -> list[str]:
     made += [on_pool(step, pool, name=pool, tags=[OURS_TAG]) for pool in pools if pool != CONTROL]
     for one in made:
         one.apply()
-    for automation in automations():
-        _ensure(automation)
+    _ensure(automation())
     return [f"{one.flow_name}/{one.name}" for one in made]
 
 
@@ -121,56 +118,28 @@ def on_pool(flow: Flow[..., Any], pool: str, **fields: Any) -> RunnerDeployment:
     return RunnerDeployment.from_flow(flow, work_pool_name=pool, entrypoint_type=EntrypointType.MODULE_PATH, **fields)
 
 
-def automations() -> list[Automation]:
-    """What the server does by itself for flow runs that a machine has lost."""
-    every = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+def automation() -> Automation:
+    """What the server does by itself for a flow run that a machine has lost, and its worker with it."""
+    ours = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{OURS_TAG}"})
     beats = "prefect.flow-run.heartbeat"
     silent = EventTrigger(
         # Also of a run that is lost before its first sign of life.
         after={beats, "prefect.flow-run.Running"},
         expect={beats, *(f"prefect.flow-run.{end}" for end in ENDS)},
-        match=every,
-        match_related=_tagged(OURS_TAG),
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=ours,
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
         within=SILENCE,
     )
-    crashed = EventTrigger(
-        after={"prefect.flow-run.Crashed"},
-        # A worker tells twice that a process is gone: the second word must not meet a run that has begun again.
-        expect={f"prefect.flow-run.{state}" for state in ("Pending", "Running", "Scheduled", "AwaitingRetry", *ENDS)},
-        match=every,
-        match_related=_tagged(PIPELINE_TAG),
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=QUIET,
+    message = f"No sign of life for {SILENCE.seconds} s"
+    return Automation(
+        name="posttrain: a flow run that is silent has crashed",
+        description="Nobody else tells of a run whose process and worker are both gone.",
+        trigger=silent,
+        actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=message, force=False)],
     )
-    return [
-        Automation(
-            name="posttrain: a flow run that is silent has crashed",
-            description="Nobody else tells of a run whose process and worker are both gone.",
-            trigger=silent,
-            actions=[_change(StateType.CRASHED, "Crashed", f"No sign of life for {SILENCE.seconds} s", force=False)],
-        ),
-        Automation(
-            name="posttrain: a crashed pipeline starts again",
-            description="It finds what it has computed, and the steps that still run; a step is sent again by its pipeline.",
-            trigger=crashed,
-            actions=[
-                _change(StateType.SCHEDULED, "AwaitingRetry", "Its process was lost; it goes on from what is there", force=True)
-            ],
-        ),
-    ]
-
-
-def _tagged(tag: str) -> ResourceSpecification:
-    return ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"})
-
-
-def _change(state: StateType, name: str, message: str, force: bool) -> ActionTypes:
-    return ChangeFlowRunState(state=state, name=name, message=message, force=force)
 
 
 def _ensure(automation: Automation) -> None:
