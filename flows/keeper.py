@@ -1,7 +1,7 @@
 """Starts pipelines again whose process was lost: they find what they have computed, and the steps that still run.
 
-Not an automation of Prefect's: it hears of a scheduled run's states only a quarter of an hour later, since their first event, which
-the others wait for, is never sent (3.8.8).
+Not an automation of Prefect's: that hears of a scheduled run's states only a quarter of an hour later, since their first event,
+which the others wait for, is never sent (3.8.8).
 """
 
 from __future__ import annotations
