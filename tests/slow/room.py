@@ -76,10 +76,6 @@ class Room:
     def flow_runs(self) -> list[Row]:
         return self.api("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 200})
 
-    def flow_run(self, name_or_id: str) -> Row | None:
-        """The newest flow run of a name, or that of an id."""
-        return next((run for run in self.flow_runs() if name_or_id in (run["name"], run["id"])), None)
-
     def children(self, parent: str) -> list[Row]:
         """The flow runs that a pipeline sent to pools, the first one first."""
         made = self.api("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [parent]}}, "sort": "START_TIME_ASC"})

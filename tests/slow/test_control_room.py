@@ -65,7 +65,7 @@ def test_a_run_from_the_form_goes_to_two_pools(up: Room, folder: Path, browser: 
     page.screenshot(path=folder / SCREENSHOTS / "form.png")
     began = time.monotonic()
     page.get_by_role("button", name="Submit").click()
-    run = wait_for(lambda: up.flow_run("tiny"), 60, "the run")
+    run = wait_for(lambda: [one for one in up.flow_runs() if one["deployment_id"] == deployment], 60, "the run")[0]
     wait_for(lambda: up.children(run["id"]), 120, "a step on a pool")
     page.goto(f"{up.addresses[0]}/v2/runs/flow-run/{run['id']}", wait_until="domcontentloaded")
     page.get_by_text("evaluate-sft").first.wait_for()
