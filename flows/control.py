@@ -37,7 +37,7 @@ POOLS = {
     "cpu": "Steps that need no GPU.",
     "gpu": "Steps that need a GPU: one worker a set of GPUs, one step at a time each.",
 }
-WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 DOWN_SECONDS = 120.0
 
 
