@@ -78,7 +78,8 @@ def test_a_run_from_the_form_goes_to_two_pools(up: Room, folder: Path, browser: 
     run = submitted(up, page, deployment)
     wait_for(lambda: up.children(run["id"]), 120, "a step on a pool")
     page.goto(f"{up.addresses[0]}/v2/runs/flow-run/{run['id']}", wait_until="domcontentloaded")
-    page.get_by_text("evaluate-sft").first.wait_for()
+    page.get_by_text("tiny").first.wait_for()
+    page.wait_for_timeout(3000)
     page.screenshot(path=folder / SCREENSHOTS / "running.png")
     up.completed(run["id"])
     print(f"from the form to the end: {time.monotonic() - began:.0f} s; screenshots in {folder / SCREENSHOTS}")
@@ -103,7 +104,8 @@ def test_a_run_from_the_form_goes_to_two_pools(up: Room, folder: Path, browser: 
     assert any(f"runs/{trained['info']['run_id']}" in str(one["data"]) for one in own)
     assert sent[0]["id"] in tags(trained)["posttrain.flow_run"]
     page.goto(f"{up.addresses[0]}/v2/runs/flow-run/{run['id']}?tab=Artifacts", wait_until="domcontentloaded")
-    page.get_by_text("tiny: its steps").first.wait_for()
+    page.get_by_text("tiny").first.wait_for()
+    page.wait_for_timeout(3000)
     page.screenshot(path=folder / SCREENSHOTS / "artifacts.png")
     page.close()
 
