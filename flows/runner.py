@@ -42,6 +42,7 @@ class Definition:
 def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> list[StepResult]:
     """Run a recipe's steps inside a Prefect flow run."""
     store = Store(configure_environment())
+    # A pipeline that takes its process down each time must not be started for ever.
     losses()
     pipeline_id = str(flow_run.id)
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
