@@ -27,10 +27,12 @@ from flows import guard
 from flows.children import Child, keep_alive, until_stopped
 from flows.guard import LOOPBACK
 from flows.pool_file import CONTROL, DockerPool, PoolFile, Servers
+from flows.process import LOG
 from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
 from stages.errors import InputError
 from tasks.credentials import PASSWORD, USER, Credentials, check
 from tasks.home import is_up, use_servers
+from tasks.lease import GPUS
 
 POOLS = {
     CONTROL: "Pipelines. They wait for their steps, which run on the other pools or within them.",
@@ -186,6 +188,17 @@ def _workers(root: Path, asked: Up) -> list[Child]:
             name = f"{socket.gethostname()}-{pool}" + (f"-{number}" if number else "")
             kind = "process" if on is None else on.type
             command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", name]
-            settings = WORKER if devices is None else {**WORKER, "CUDA_VISIBLE_DEVICES": devices}
-            made.append(Child(name, command + ["--limit", "1"] * alone, settings, root / "logs" / f"{name}.log"))
+            log = root / "logs" / f"{name}.log"
+            settings = {**WORKER, "PATH": _path(), LOG: str(log)}
+            if devices is not None:
+                settings |= {"CUDA_VISIBLE_DEVICES": devices, GPUS: devices}
+            elif pool == "cpu" and process:
+                # A step that takes what it finds had better not find a GPU, which a step of `gpu` has to itself.
+                settings["CUDA_VISIBLE_DEVICES"] = ""
+            made.append(Child(name, command + ["--limit", "1"] * alone, settings, log))
     return made
+
+
+def _path() -> str:
+    """Where a worker finds the `python` that runs this."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -41,7 +41,9 @@ def template(pool: Pool, servers: Servers, directory: Path | None = None) -> dic
     made = worker_class(pool.type).get_default_base_job_template()
     variables = made["variables"]["properties"]
     if isinstance(pool, ProcessPool):
-        defaults: dict[str, Any] = {"env": pool.env, "working_dir": None if directory is None else str(directory)}
+        # As each worker's own PATH has it; so, too, Prefect starts one process for a run, in place of one after another.
+        defaults: dict[str, Any] = {"command": "python -m flows.process", "env": pool.env}
+        defaults["working_dir"] = None if directory is None else str(directory)
     elif isinstance(pool, DockerPool):
         defaults = _docker(pool, servers)
     else:

@@ -39,7 +39,6 @@ from tasks import display
 from tasks.exclusive import BusyError
 from tasks.execute import StepResult
 from tasks.home import configure_environment, server
-from tasks.lease import LEASE_SECONDS
 from tasks.live import show_table
 from tasks.pipeline import Outputs, Pending, Pipeline, Source
 from tasks.promote import judge, promote
@@ -198,10 +197,10 @@ def rounds(
         labels: People's answers (./answers.jsonl), for the round that waits for them.
     """
     store = Store(configure_environment())
-    # Where this start takes the place of one whose process was lost, that one's lease ends soon.
-    patience = LEASE_SECONDS + 30 if losses() else 0.0
+    # A round that takes its process down each time must not be started for ever.
+    losses()
     try:
-        with alone(store, recipe.name, patience):
+        with alone(store, recipe.name, lambda owner: _say(f"waiting for the lease of {owner}")):
             return _run(store, recipe, from_step, labels)
     except BusyError as busy:
         words = f"another process runs a round of {recipe.name} right now ({busy}); this start has nothing to do"

@@ -7,6 +7,8 @@ from prefect import flow
 from stages.errors import InputError
 from tasks import display
 from tasks.execute import bring
+from tasks.home import configure_environment
+from tasks.lease import own_gpus
 from tasks.live import Live
 from tasks.plan import StepCall
 
@@ -25,4 +27,10 @@ def step(call: StepCall, key: str) -> None:
             "the two run different versions of posttrain; update one of them"
         )
     display.current = Live()
-    bring(call)
+
+    def waiting(owner: str) -> None:
+        display.current.note(call.name, f"another step has the GPUs; waiting for its end ({owner})")
+
+    # A worker that was started again knows nothing of the step that goes on from before.
+    with own_gpus(configure_environment() / "leases", waiting):
+        bring(call)

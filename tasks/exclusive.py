@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from tasks.lease import Held, lease
+from tasks.lease import LEASE_SECONDS, Held, Waiting, lease, lock, served
 from tasks.store import Store
 
 POLL_SECONDS = 1.0
+# By then the lease of a process that was lost is over.
+PATIENCE_SECONDS = LEASE_SECONDS + 30
 
 
 class BusyError(Exception):
@@ -22,20 +24,27 @@ def exclusive(store: Store, key: str) -> AbstractContextManager[Held]:
 
 
 @contextmanager
-def or_busy(store: Store, key: str, patience: float = 0.0) -> Iterator[None]:
-    """The same, but raise BusyError when somebody has it after `patience` seconds."""
+def or_busy(store: Store, key: str, waiting: Waiting = lambda _: None) -> Iterator[None]:
+    """The same, but raise BusyError when somebody is at it: at once if on this machine.
+
+    On another machine somebody who is alive cannot be told from one who was lost, until that one's lease is over: `waiting` is
+    told once who it is.
+    """
 
     def refuse(owner: str) -> None:
         raise BusyError(owner)
 
-    deadline = time.monotonic() + patience
-    with ExitStack() as stack:
+    deadline, told = time.monotonic() + PATIENCE_SECONDS, False
+    with lock(store.root / "leases", key, refuse), ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(lease(store.root / "leases", key, refuse))
+                stack.enter_context(served(key, refuse))
                 break
-            except BusyError:
+            except BusyError as busy:
                 if time.monotonic() >= deadline:
                     raise
+                if not told:
+                    waiting(str(busy))
+                    told = True
                 time.sleep(POLL_SECONDS)
         yield

@@ -14,8 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,11 @@ POLL_SECONDS = 0.5
 # Prefect grants no shorter lease.
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
+# What a worker of `up` sets: its set of GPUs.
+GPUS = "POSTTRAIN_GPUS"
+OURS = "posttrain-"
+KEPT = timedelta(days=1)
+PAGE = 200
 
 Waiting = Callable[[str], None]
 
@@ -55,7 +60,7 @@ def lease(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator
     """
     with ExitStack() as stack:
         stack.enter_context(lock(folder, key, waiting))
-        yield stack.enter_context(_served(key, waiting)) if server() else Held()
+        yield stack.enter_context(served(key, waiting))
 
 
 @contextmanager
@@ -78,6 +83,14 @@ def lock(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator[
         finally:
             file.truncate(0)
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+@contextmanager
+def own_gpus(folder: Path, waiting: Waiting = lambda _: None) -> Iterator[None]:
+    """Have the GPUs to oneself that a worker gives to one step at a time; other workers give none."""
+    granted = os.environ.get(GPUS)
+    with nullcontext() if granted is None else lock(folder, f"gpus-{granted}".replace("/", "-"), waiting):
+        yield
 
 
 def held(folder: Path, key: str) -> bool:
@@ -144,7 +157,11 @@ class _Renewed(Held):
 
 
 @contextmanager
-def _served(key: str, waiting: Waiting) -> Iterator[Held]:
+def served(key: str, waiting: Waiting = lambda _: None) -> Iterator[Held]:
+    """The same among machines alone: without servers there is nobody to wait for."""
+    if server() is None:
+        yield Held()
+        return
     granted, told = _granted(key), False
     while granted is None:
         if not told:
@@ -159,8 +176,24 @@ def _served(key: str, waiting: Waiting) -> Iterator[Held]:
         renewed.end()
 
 
+def forget_old(client: SyncPrefectClient, now: datetime) -> int:
+    """Delete the limits of keys that nobody has asked for in a day, and say how many: Prefect's page lists each of them."""
+    found, every = client.read_global_concurrency_limits(limit=PAGE), []
+    while found:
+        every += found
+        found = client.read_global_concurrency_limits(limit=PAGE, offset=len(every))
+    old = [one.name for one in every if one.name.startswith(OURS) and not one.active_slots and _since(one.updated, now) > KEPT]
+    for name in old:
+        client.delete_global_concurrency_limit_by_name(name)
+    return len(old)
+
+
+def _since(then: datetime | None, now: datetime) -> timedelta:
+    return timedelta(0) if then is None else now - then
+
+
 def _limit(key: str) -> str:
-    return f"posttrain-{key[:32]}"
+    return f"{OURS}{key[:32]}"
 
 
 def _granted(key: str) -> UUID | None:

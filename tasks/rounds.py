@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stages.artifacts import Dataset, Handle, Kind, Model, digest_of
 from tasks.exclusive import or_busy
+from tasks.lease import Waiting
 from tasks.pipeline import resolve_each
 from tasks.promote import champion
 from tasks.references import resolve
@@ -69,9 +70,9 @@ class Round(BaseModel):
         return self.state in ("promoted", "kept")
 
 
-def alone(store: Store, recipe: str, patience: float = 0.0) -> AbstractContextManager[None]:
-    """Be the only one who runs rounds of a recipe. Raises BusyError when somebody does, `patience` seconds from now still."""
-    return or_busy(store, digest_of(["rounds", recipe]), patience)
+def alone(store: Store, recipe: str, waiting: Waiting = lambda _: None) -> AbstractContextManager[None]:
+    """Be the only one who runs rounds of a recipe. Raises BusyError when somebody does; `waiting` as in `or_busy`."""
+    return or_busy(store, digest_of(["rounds", recipe]), waiting)
 
 
 class Rounds:

@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from conftest import ROOT
 
-from tasks.lease import held, lease
+from tasks import lease as module
+from tasks.lease import GPUS, KEPT, forget_old, held, lease, own_gpus
 
 HOLDER = (
     "import sys, time\nfrom pathlib import Path\nfrom tasks.lease import lease\n"
@@ -49,3 +55,45 @@ def test_other_keys_are_free(tmp_path: Path) -> None:
     with lease(tmp_path, "one"), lease(tmp_path, "two"):
         assert held(tmp_path, "one")
         assert held(tmp_path, "two")
+
+
+def test_limits_that_nobody_has_asked_for_in_a_day_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that somebody holds, has asked for since, or has made for another purpose."""
+    monkeypatch.setattr(module, "PAGE", 2)
+    now = datetime(2026, 1, 3, tzinfo=UTC)
+    old, new = now - KEPT - timedelta(seconds=1), now - KEPT + timedelta(seconds=1)
+    limits = {"a": (0, old), "b": (1, old), "c": (0, new), "d": (0, old)}
+    rows = [SimpleNamespace(name=f"posttrain-{key}", active_slots=slots, updated=then) for key, (slots, then) in limits.items()]
+    rows.insert(1, SimpleNamespace(name="other", active_slots=0, updated=old))
+    deleted: list[str] = []
+    client: Any = SimpleNamespace(
+        read_global_concurrency_limits=lambda limit, offset=0: rows[offset : offset + limit],
+        delete_global_concurrency_limit_by_name=deleted.append,
+    )
+    assert forget_old(client, now) == 2
+    assert deleted == ["posttrain-a", "posttrain-d"]
+
+
+def test_steps_of_one_set_of_gpus_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GPUS, "0,1")
+    owners: list[str] = []
+    with own_gpus(tmp_path):
+        monkeypatch.setenv(GPUS, "2")
+        with own_gpus(tmp_path, owners.append):
+            assert owners == [], "other GPUs are free"
+        monkeypatch.delenv(GPUS)
+        with own_gpus(tmp_path, owners.append):
+            assert owners == [], "a worker that gives none"
+        monkeypatch.setenv(GPUS, "0,1")
+
+        def wait() -> None:
+            with own_gpus(tmp_path, owners.append):
+                owners.append("began")
+
+        other = threading.Thread(target=wait)
+        other.start()
+        while not owners:
+            time.sleep(0.01)
+        assert [json.loads(owner)["pid"] for owner in owners] == [os.getpid()]
+    other.join(10)
+    assert owners[1:] == ["began"]

@@ -11,6 +11,7 @@ from flows.control import Up, _workers
 from flows.pool_file import DockerPool, KubernetesPool, PoolFile, ProcessPool, Servers, read_pools
 from stages.errors import InputError
 from tasks.credentials import BOTH, PASSWORD, USER, Credentials, credentials
+from tasks.lease import GPUS
 
 HERE = Servers(prefect="http://127.0.0.1:4200", mlflow="http://127.0.0.1:5000")
 HEAD = Servers(prefect="http://head:4200", mlflow="http://head:5000")
@@ -89,6 +90,9 @@ def test_a_pool_s_workers(tmp_path: Path) -> None:
     assert not any("CUDA_VISIBLE_DEVICES" in one.settings for one in made)
     processes = _workers(tmp_path, Up(pools=["gpu"], gpus=["0,1", "2,3"]))
     assert [one.settings["CUDA_VISIBLE_DEVICES"] for one in processes] == ["0,1", "2,3"]
+    assert [one.settings[GPUS] for one in processes] == ["0,1", "2,3"]
+    [cpu] = _workers(tmp_path, Up(pools=["cpu"]))
+    assert (cpu.settings["CUDA_VISIBLE_DEVICES"], GPUS in cpu.settings) == ("", False), "no step of it finds a GPU"
     assert all(one.command[-2:] == ["--limit", "1"] for one in processes)
 
 
