@@ -84,6 +84,12 @@ class Room:
     def state_of(self, flow_run: str) -> str:
         return str(self.api(f"flow_runs/{flow_run}")["state_type"])
 
+    def said(self, parent: str) -> str:
+        """The log lines of the flow runs that a pipeline sent to pools."""
+        sent = [run["id"] for run in self.children(parent)]
+        lines = self.api("logs/filter", {"logs": {"flow_run_id": {"any_": sent}}, "limit": 200}) if sent else []
+        return "\n".join(line["message"] for line in lines)
+
     def completed(self, flow_run: str, seconds: float = 300) -> None:
         """Wait for a pipeline's good end; a crash on the way is started again by the server."""
         ends = ("COMPLETED", "FAILED", "CANCELLED")

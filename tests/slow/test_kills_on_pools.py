@@ -107,9 +107,30 @@ def test_killed_while_a_step_runs_on_a_pool(
     # Nothing is left that says that it runs.
     assert up.working() == []
     children = ", ".join(run["state_name"] for run in up.children(parent))
+    assert "child" in what or children == "Completed", "who goes on unharmed is not started again"
     starts = up.api(f"flow_runs/{parent}")["run_count"]
     with capsys.disabled():
         print(f"\n{what:<26} parent started {starts} times; children: {children:<20}; all ended right {took:.0f} s later")
+
+
+def test_cancelled_when_its_worker_is_gone(up: Room, recipe: Path) -> None:
+    """The step hears of it by itself; what the new worker is given meanwhile waits for the GPUs."""
+    parent = up.submit(recipe, "seed=20", "launch.mode=process")
+    wait_for(up.saved, 240, "a saved state")
+    (child,) = [run["id"] for run in up.children(parent)]
+    (worker,) = up.processes("worker start --pool gpu")
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: set(up.processes("worker start --pool gpu")) - {worker}, 60, "another worker")
+    other = up.submit(recipe, "seed=21")
+    wait_for(lambda: "another step has the GPUs" in up.said(other), 120, "the wait for the GPUs")
+    assert len(up.processes("-m stages")) == 1
+    up.api(f"flow_runs/{parent}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for(lambda: not up.process_of(child) and not up.processes("-m stages"), 60, "the end of the training process")
+    for run in (parent, child):
+        wait_for(lambda run=run: up.state_of(run) == "CANCELLED", 60, "the state Cancelled")
+    assert [path for path in up.saved() if path.is_dir()], "what it has saved is kept"
+    up.completed(other)
+    assert up.working() == []
 
 
 def tags(run: Row) -> dict[str, str]:
