@@ -35,10 +35,11 @@ def or_busy(store: Store, key: str, waiting: Waiting = lambda _: None) -> Iterat
         raise BusyError(owner)
 
     deadline, told = time.monotonic() + PATIENCE_SECONDS, False
-    with lock(store.root / "leases", key, refuse), ExitStack() as stack:
+    folder = store.root / "leases"
+    with lock(folder, key, refuse), ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(served(key, refuse))
+                stack.enter_context(served(folder, key, refuse))
                 break
             except BusyError as busy:
                 if time.monotonic() >= deadline:

@@ -2,7 +2,8 @@
 
 Here: an operating-system lock, which two processes cannot both hold and which dies with its holder. With a server, also a
 leased concurrency limit of Prefect's, so that processes of several machines exclude each other: it is renewed while its block
-runs, and one whose holder is gone is free again about a minute later. `Held.check` says whether it is still ours.
+runs, and one whose holder is gone is free again about a minute later, or when the same machine wants it. `Held.check` says
+whether it is still ours.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def lease(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator
     """
     with ExitStack() as stack:
         stack.enter_context(lock(folder, key, waiting))
-        yield stack.enter_context(served(key, waiting))
+        yield stack.enter_context(served(folder, key, waiting))
 
 
 @contextmanager
@@ -117,10 +118,11 @@ def _acquire(descriptor: int) -> bool:
 
 
 class _Renewed(Held):
-    """A lease on the server that a thread renews."""
+    """A lease on the server that a thread renews. It is recorded here, with the time of its last renewal as the file's."""
 
-    def __init__(self, lease_id: UUID) -> None:
-        self.lease_id = lease_id
+    def __init__(self, lease_id: UUID, record: Path) -> None:
+        self.lease_id, self._record = lease_id, record
+        record.write_text(str(lease_id))
         self._until = time.monotonic() + LEASE_SECONDS
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease_id}", daemon=True)
@@ -139,6 +141,7 @@ class _Renewed(Held):
         # What cannot be given back now ends by itself; what was computed under it is published already.
         with suppress(HTTPError), _client() as client:
             client.release_concurrency_slots_with_lease(self.lease_id)
+            self._record.unlink(missing_ok=True)
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
@@ -153,15 +156,18 @@ class _Renewed(Held):
         except HTTPError:
             return False
         self._until = asked + LEASE_SECONDS
+        self._record.touch()
         return True
 
 
 @contextmanager
-def served(key: str, waiting: Waiting = lambda _: None) -> Iterator[Held]:
-    """The same among machines alone: without servers there is nobody to wait for."""
+def served(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterator[Held]:
+    """The same among machines alone, for who has this machine's lock; without servers there is nobody to wait for."""
     if server() is None:
         yield Held()
         return
+    record = _path(folder, key).with_suffix(".lease")
+    _give_back(record)
     granted, told = _granted(key), False
     while granted is None:
         if not told:
@@ -169,11 +175,26 @@ def served(key: str, waiting: Waiting = lambda _: None) -> Iterator[Held]:
             told = True
         time.sleep(POLL_SECONDS * 4)
         granted = _granted(key)
-    renewed = _Renewed(granted)
+    renewed = _Renewed(granted, record)
     try:
         yield renewed
     finally:
         renewed.end()
+
+
+def _give_back(record: Path) -> None:
+    """End the lease of a process of this machine that is gone: its lock is ours.
+
+    Not one that may be over by now: the server ends that itself, and what is ended twice would free another's.
+    """
+    if not record.is_file():
+        return
+    known, age = record.read_text(), time.time() - record.stat().st_mtime
+    # A process that was killed before it could write this leaves it empty.
+    if known and age < LEASE_SECONDS - RENEW_SECONDS:
+        with suppress(HTTPError), _client() as client:
+            client.release_concurrency_slots_with_lease(UUID(known))
+    record.unlink()
 
 
 def forget_old(client: SyncPrefectClient, now: datetime) -> int:

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from conftest import ROOT
 
 from tasks import lease as module
-from tasks.lease import GPUS, KEPT, forget_old, held, lease, own_gpus
+from tasks.lease import GPUS, KEPT, LEASE_SECONDS, RENEW_SECONDS, forget_old, held, lease, own_gpus
 
 HOLDER = (
     "import sys, time\nfrom pathlib import Path\nfrom tasks.lease import lease\n"
@@ -97,3 +100,76 @@ def test_steps_of_one_set_of_gpus_wait_for_each_other(tmp_path: Path, monkeypatc
         assert [json.loads(owner)["pid"] for owner in owners] == [os.getpid()]
     other.join(10)
     assert owners[1:] == ["began"]
+
+
+class Limits:
+    """Prefect's leases of one limit: who has it, and who gave it back."""
+
+    def __init__(self) -> None:
+        self.owner: UUID | None = None
+        self.released: list[UUID] = []
+
+    def grant(self, key: str) -> UUID | None:
+        assert key == "key"
+        if self.owner is not None:
+            return None
+        self.owner = uuid4()
+        return self.owner
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        yield SimpleNamespace(release_concurrency_slots_with_lease=self.release)
+
+    def release(self, lease_id: UUID) -> None:
+        self.released.append(lease_id)
+        self.owner = None if lease_id == self.owner else self.owner
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    made = Limits()
+    monkeypatch.setattr(module, "server", lambda: "http://somewhere")
+    monkeypatch.setattr(module, "_granted", made.grant)
+    monkeypatch.setattr(module, "_client", made.client)
+    return made
+
+
+def test_a_lease_is_recorded_while_it_is_held(tmp_path: Path, limits: Limits) -> None:
+    with lease(tmp_path, "key"):
+        [record] = tmp_path.glob("*.lease")
+        owner = limits.owner
+        assert record.read_text() == str(owner)
+    assert (limits.released, limits.owner, record.exists()) == ([owner], None, False)
+
+
+@pytest.mark.parametrize(
+    ("record", "age", "waits"),
+    [
+        ("the owner", 0, False),
+        ("the owner", LEASE_SECONDS - RENEW_SECONDS - 1, False),
+        # Over soon, or already: the server frees it, and perhaps just now for another machine.
+        ("the owner", LEASE_SECONDS - RENEW_SECONDS + 1, True),
+        (str(UUID(int=1)), 0, True),
+        ("", 0, True),
+        (None, 0, True),
+    ],
+)
+def test_the_lease_of_a_process_of_this_machine_that_is_gone(
+    tmp_path: Path, limits: Limits, record: str | None, age: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = limits.grant("key")
+    file = tmp_path / "key.lease"
+    if record is not None:
+        file.write_text(str(dead) if record == "the owner" else record)
+        os.utime(file, (time.time() - age, time.time() - age))
+
+    def over(_: float) -> None:
+        assert limits.owner == dead
+        limits.owner = None
+
+    monkeypatch.setattr(module.time, "sleep", over)
+    told: list[str] = []
+    with lease(tmp_path, "key", told.append):
+        assert bool(told) == waits
+        assert limits.owner not in (None, dead)
+        assert file.read_text() == str(limits.owner)
