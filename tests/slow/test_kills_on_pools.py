@@ -115,7 +115,7 @@ def test_killed_while_a_step_runs_on_a_pool(
 
 def test_cancelled_when_its_worker_is_gone(up: Room, recipe: Path) -> None:
     """The step hears of it by itself; what the new worker is given meanwhile waits for the GPUs."""
-    parent = up.submit(recipe, "seed=20", "launch.mode=process")
+    parent = up.submit(recipe, "seed=20", "sft.steps=30000", "launch.mode=process")
     wait_for(up.saved, 240, "a saved state")
     (child,) = [run["id"] for run in up.children(parent)]
     (worker,) = up.processes("worker start --pool gpu")
