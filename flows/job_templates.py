@@ -17,6 +17,7 @@ from prefect.workers.base import BaseWorker
 from flows.guard import is_loopback
 from flows.pool_file import Containers, DockerPool, KubernetesPool, Pool, ProcessPool, Servers, Volume
 from tasks.credentials import BOTH
+from tasks.home import PATIENT_RUNS
 
 # The platforms' parts are installed where they are used.
 WORKERS = {
@@ -60,6 +61,7 @@ def _environment(pool: Containers, servers: Servers) -> dict[str, str | None]:
         "MLFLOW_TRACKING_URI": servers.mlflow,
         "POSTTRAIN_HOME": pool.directory,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        **PATIENT_RUNS,
         BOTH: PAIR,
     }
     return {**dict.fromkeys(NOT_HANDED_ON), **own, **pool.env}

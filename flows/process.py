@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+from tasks.home import PATIENT_RUNS
+
 LOG = "POSTTRAIN_WORKER_LOG"
 POLL_SECONDS = 5.0
 
@@ -21,6 +23,7 @@ POLL_SECONDS = 5.0
 def main() -> None:
     """Run the flow run of the environment to its end."""
     write_to(os.environ.get(LOG))
+    os.environ |= PATIENT_RUNS
     with cancelled_without_worker(os.environ["PREFECT__FLOW_RUN_ID"]):
         runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 

@@ -165,7 +165,10 @@ def _compute(store: Store, call: StepCall, key: str, held: Held) -> Status:
             launch(_request(store, call, key, folder), call.launch, listener)
         recorder.flush()
         made = made_outputs(folder, call.spec())
-        held.check()
+        if not held.check() and store.find(key)[0] is not None:
+            # Another machine had it for a while, and went on with this run to its end.
+            shutil.rmtree(folder)
+            return "skipped"
         store.client.set_tag(run_id, STATUS, status)
         store.publish(run_id, folder, made, {output: call.registered_name(output) for output in made}, call.inputs)
         states.forget()

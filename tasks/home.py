@@ -23,9 +23,10 @@ DEFAULTS = {
     # Deterministic matrix products on CUDA (contract 16).
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-# MLflow's server takes half a minute to start again, and a training run had better wait for it than die: two minutes in all.
+# MLflow's server takes half a minute to start again: a command waits for it for two minutes in all.
 PATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "6", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2"}
-
+# A flow run had better wait for servers than die: eight minutes.
+PATIENT_RUNS = {**PATIENT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "10", "PREFECT_CLIENT_MAX_RETRIES": "8"}
 
 # A flow run with this tag tells that it lives, and is taken for crashed when it is silent.
 OURS_TAG = "posttrain"

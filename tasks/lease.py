@@ -49,8 +49,12 @@ class LeaseLostError(RuntimeError):
 class Held:
     """A lease that is held."""
 
-    def check(self) -> None:
-        """Raise LeaseLostError when the lease is not ours any more. A lock of this machine cannot be lost."""
+    def check(self) -> bool:
+        """Whether it was ours all the time; if not, it is again. Raises LeaseLostError when it is somebody else's now.
+
+        A lock of this machine cannot be lost.
+        """
+        return True
 
 
 @contextmanager
@@ -120,20 +124,29 @@ def _acquire(descriptor: int) -> bool:
 class _Renewed(Held):
     """A lease on the server that a thread renews. It is recorded here, with the time of its last renewal as the file's."""
 
-    def __init__(self, lease_id: UUID, record: Path) -> None:
-        self.lease_id, self._record = lease_id, record
-        record.write_text(str(lease_id))
-        self._until = time.monotonic() + LEASE_SECONDS
+    def __init__(self, key: str, lease_id: UUID, record: Path) -> None:
+        self._key, self._record = key, record
+        self._have(lease_id)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease_id}", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        if time.monotonic() > self._until and not self._renew():
+    def check(self) -> bool:
+        if time.monotonic() < self._until or self._renew():
+            return True
+        # The server was away for longer than the lease.
+        granted = _granted(self._key)
+        if granted is None:
             raise LeaseLostError(
-                f"the lease {self.lease_id} could not be renewed in time: another run may compute the same by now. "
+                f"the lease {self.lease_id} could not be renewed in time, and another machine computes the same by now. "
                 "Run the step again: what is published already is found"
             )
+        self._have(granted)
+        return False
+
+    def _have(self, lease_id: UUID) -> None:
+        self.lease_id, self._until = lease_id, time.monotonic() + LEASE_SECONDS
+        self._record.write_text(str(lease_id))
 
     def end(self) -> None:
         self._stop.set()
@@ -175,7 +188,7 @@ def served(folder: Path, key: str, waiting: Waiting = lambda _: None) -> Iterato
             told = True
         time.sleep(POLL_SECONDS * 4)
         granted = _granted(key)
-    renewed = _Renewed(granted, record)
+    renewed = _Renewed(key, granted, record)
     try:
         yield renewed
     finally:

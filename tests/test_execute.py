@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from stages.errors import InputError
 from stages.request import Request
 from stages.run import Event, Run
 from stages.specs import STAGES
-from tasks.execute import execute, headline, headline_names
+from tasks.execute import execute, headline, headline_names, made_outputs
 from tasks.home import configure_environment
 from tasks.launch import Launch
+from tasks.lease import Held
 from tasks.plan import StepCall, examine
 from tasks.references import resolve
 from tasks.report import print_results
@@ -167,6 +169,30 @@ def test_killed_while_publishing_adopts_what_is_done(store: Store, monkeypatch: 
         result = execute.fn(call)
     assert result.status == "resumed"
     assert result.artifacts["train"].version == "1"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_lease_that_was_lost_for_a_while(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, other: bool
+) -> None:
+    """Another machine that had it has gone on with the same run to its end; or nobody had it."""
+    call = prepare_call(store)
+
+    def check(_: Held) -> bool:
+        [run] = store.runs(key=call.key())
+        if other:
+            folder = tmp_path_factory.mktemp("elsewhere") / "run"
+            shutil.copytree(store.root / "runs" / run.info.run_id, folder)
+            made = made_outputs(folder, call.spec())
+            store.publish(run.info.run_id, folder, made, {output: call.registered_name(output) for output in made}, call.inputs)
+        return False
+
+    monkeypatch.setattr(Held, "check", check)
+    result = execute.fn(call)
+    assert result.status == ("skipped" if other else "ran")
+    assert len(store.client.search_model_versions("name = 'r-data-train'")) == 1
+    assert len(store.runs(key=call.key())) == 1
+    assert not list((store.root / "runs").iterdir())
 
 
 def test_a_failing_stage_publishes_nothing_and_harms_nothing(store: Store) -> None:

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 from tasks import lease as module
-from tasks.lease import GPUS, KEPT, LEASE_SECONDS, RENEW_SECONDS, forget_old, held, lease, own_gpus
+from tasks.lease import GPUS, KEPT, LEASE_SECONDS, RENEW_SECONDS, LeaseLostError, forget_old, held, lease, own_gpus
 
 HOLDER = (
     "import sys, time\nfrom pathlib import Path\nfrom tasks.lease import lease\n"
@@ -173,3 +173,34 @@ def test_the_lease_of_a_process_of_this_machine_that_is_gone(
         assert bool(told) == waits
         assert limits.owner not in (None, dead)
         assert file.read_text() == str(limits.owner)
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server does not answer renewals, and the lease is over at once."""
+    monkeypatch.setattr(module._Renewed, "_renew", lambda _: False)
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.0)
+
+
+def test_a_lease_that_ended_while_the_server_was_away_is_taken_again(tmp_path: Path, limits: Limits, away: None) -> None:
+    with lease(tmp_path, "key") as held:
+        limits.owner = None
+        assert not held.check(), "somebody else may have had it"
+        owner = limits.owner
+        assert owner is not None
+        assert (tmp_path / "key.lease").read_text() == str(owner)
+    assert limits.released == [owner]
+
+
+def test_a_lease_that_is_another_s_by_now_is_lost(tmp_path: Path, limits: Limits, away: None) -> None:
+    with lease(tmp_path, "key") as held:
+        other = limits.owner = uuid4()
+        with pytest.raises(LeaseLostError, match="another machine computes the same by now"):
+            held.check()
+    assert limits.owner == other
+
+
+def test_a_lease_that_is_renewed_is_ours_all_the_time(tmp_path: Path, limits: Limits) -> None:
+    with lease(tmp_path, "key") as held:
+        assert held.check()
+    assert not (tmp_path / "key.lease").exists()
