@@ -47,7 +47,7 @@ def cancelled_without_worker(flow_run: str) -> Iterator[None]:
         while not ended.wait(POLL_SECONDS):
             if os.getppid() != worker and _cancelling(flow_run):
                 cancelled.set()
-                os.kill(os.getpid(), signal.SIGTERM)
+                _terminate()
                 return
 
     threading.Thread(target=watch, name="orphan", daemon=True).start()
@@ -71,6 +71,14 @@ def _cancelling(flow_run: str) -> bool:
     except HTTPError:
         return False
     return state is not None and state.type == StateType.CANCELLING
+
+
+def _terminate() -> None:
+    """What a worker does to a run that is cancelled. Prefect (3.8) knows no other word for it: without, the run crashes."""
+    from prefect._internal import control_listener
+
+    control_listener._set_intent("cancel")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _cancel(flow_run: str) -> None:
