@@ -28,6 +28,7 @@ from flows.children import Child, keep_alive, until_stopped
 from flows.guard import LOOPBACK
 from flows.pool_file import CONTROL, DockerPool, PoolFile, Servers
 from flows.process import LOG
+from flows.processes import stop_left
 from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
 from stages.errors import InputError
 from tasks.credentials import PASSWORD, USER, Credentials, check
@@ -100,9 +101,11 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
             from flows.deploy import deploy
 
             deploy(Path.cwd(), asked.file, for_jobs)
-            from flows.keeper import keep
+        # Prefect takes seconds to import, and reads the environment then.
+        from flows.keeper import keep, leave
 
-            keep(say)
+        stack.callback(leave, root)
+        keep(root, say, None if asked.joins else _of_processes(asked.file))
         workers = _workers(root, asked)
         _start(stack, workers)
         shown = asked.told
@@ -118,10 +121,11 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
 
 
 def down(root: Path) -> bool:
-    """Stop what is up over this state and wait for its end; False when nothing is."""
+    """Stop what is up over this state and wait for its end, or what an `up` that was killed has left; False when there is
+    nothing."""
     found = is_up(root)
     if found is None:
-        return False
+        return stop_left(root) > 0
     os.kill(found["pid"], signal.SIGTERM)
     deadline = time.monotonic() + DOWN_SECONDS
     while is_up(root) is not None:
@@ -197,6 +201,11 @@ def _workers(root: Path, asked: Up) -> list[Child]:
                 settings["CUDA_VISIBLE_DEVICES"] = ""
             made.append(Child(name, command + ["--limit", "1"] * alone, settings, log))
     return made
+
+
+def _of_processes(file: PoolFile) -> set[str]:
+    """The pools whose steps are processes of their workers' machines."""
+    return (POOLS.keys() - file.pools.keys()) | {name for name, pool in file.pools.items() if pool.type == "process"}
 
 
 def _path() -> str:

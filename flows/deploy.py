@@ -25,6 +25,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
+from pydantic import BaseModel
 
 from flows.cli import PIPELINES
 from flows.control import POOLS
@@ -148,5 +149,16 @@ def _ensure(automation: Automation) -> None:
     if not found:
         automation.create()
         return
-    automation.id = found[0].id
+    kept = found[0]
+    # An update makes the server forget what it is waiting for, so that who is silent already would stay Running for ever.
+    if all(_plain(getattr(kept, name)) == _plain(getattr(automation, name)) for name in ("enabled", "trigger", "actions")):
+        return
+    automation.id = kept.id
     automation.update()
+
+
+def _plain(value: Any) -> Any:
+    """Without the ids that a server gives."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value.model_dump(exclude={"id"}) if isinstance(value, BaseModel) else value

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from tasks.home import PATIENT_RUNS
+from flows.processes import recorded
+from tasks.home import PATIENT_RUNS, home
 
 LOG = "POSTTRAIN_WORKER_LOG"
 POLL_SECONDS = 5.0
@@ -24,7 +25,8 @@ def main() -> None:
     """Run the flow run of the environment to its end."""
     write_to(os.environ.get(LOG))
     os.environ |= PATIENT_RUNS
-    with cancelled_without_worker(os.environ["PREFECT__FLOW_RUN_ID"]):
+    flow_run = os.environ["PREFECT__FLOW_RUN_ID"]
+    with recorded(home(), flow_run), cancelled_without_worker(flow_run):
         runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 
 

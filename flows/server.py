@@ -37,10 +37,8 @@ def prefect_settings(root: Path, address: str) -> dict[str, str]:
         "PREFECT_API_URL": f"{address}/api",
         # The page is copied to a place that can surely be written.
         "PREFECT_UI_STATIC_DIRECTORY": str(root / "prefect" / "ui"),
-        # With the default of 5 s a busy machine loses events, of which a flow run's crash may be one.
-        "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
-        # What it answers with 503 says nothing of why.
-        "PREFECT_SERVER_LOG_RETRYABLE_ERRORS": "true",
+        # With the default of 5 s a busy machine loses events; who waits for a lock that is not given is stuck for as long.
+        "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "15",
         # Leases live as long as the database that counts them: those in memory would be taken for ever by a restart.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

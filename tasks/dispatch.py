@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from httpx import HTTPError
 from prefect import get_client
@@ -24,7 +24,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPoolSt
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 
 from stages.errors import InputError
 from tasks import display
@@ -53,7 +53,9 @@ def dispatch(call: StepCall, key: str, pool: str) -> None:
     while True:
         child, ours = _running(key), False
         if child is None:
-            child, ours = _send(call, key, pool), True
+            sent = _send(call, key, pool)
+            child = _first(sent, key)
+            ours = child.id == sent.id
         state = _wait(call, child, pool, ours)
         if state.type == StateType.COMPLETED:
             return
@@ -77,7 +79,17 @@ def _running(key: str) -> FlowRun | None:
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag(key)]), state=going_on)
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=chosen)
-    return found[0] if found else None
+    return min(found, key=lambda run: (run.created or datetime.max.replace(tzinfo=UTC), run.id), default=None)
+
+
+def _first(sent: FlowRun, key: str) -> FlowRun:
+    """The child to wait for: ours, or that of an equal pipeline that was a moment faster; then ours is taken back."""
+    first = _running(key)
+    if first is None or first.id == sent.id:
+        return sent
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(sent.id, Cancelled(message=f"The flow run {first.id} does the same"), force=True)
+    return first
 
 
 def _send(call: StepCall, key: str, pool: str) -> FlowRun:
@@ -90,6 +102,8 @@ def _send(call: StepCall, key: str, pool: str) -> FlowRun:
             tags=[tag(key), f"stage-{call.stage}"],
             timeout=0,
             as_subflow=True,
+            # A request that is sent again, because the server was busy, makes no second one.
+            idempotency_key=str(uuid4()),
         )
         assert isinstance(sent, FlowRun)
         return sent

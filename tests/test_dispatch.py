@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.schemas.objects import State, StateType
@@ -32,20 +35,20 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
             other = next(waiting, None)
             if other is not None:
                 found.append(other)
-            return None if other is None else "another's"
+            return None if other is None else SimpleNamespace(id="another's")
 
         def send(call: StepCall, key: str, pool: str) -> Any:
             assert (call, key, pool) == (CALL, "key", "gpu")
             did.append("send")
-            return "ours"
+            return SimpleNamespace(id="ours")
 
         def wait(call: StepCall, child: Any, pool: str, ours: bool) -> State[Any]:
-            assert ours == (child == "ours")
-            did.append(f"wait for {child}")
+            assert ours == (child.id == "ours")
+            did.append(f"wait for {child.id}")
             return State(type=next(ends) if ours else found.pop(), message="its words")
 
         monkeypatch.setattr(module, "server", lambda: "http://somewhere")
-        for name, stand_in in (("_running", running), ("_send", send), ("_wait", wait)):
+        for name, stand_in in (("_running", running), ("_send", send), ("_first", lambda sent, _: sent), ("_wait", wait)):
             monkeypatch.setattr(module, name, stand_in)
         dispatch(CALL, "key", "gpu")
         return did
@@ -85,3 +88,42 @@ def test_without_servers_it_is_refused_in_words(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "server", lambda: None)
     with pytest.raises(InputError, match=r"tune: the work pool gpu needs servers .* `posttrain up`, .* --set pools=\{\}"):
         dispatch(CALL, "key", "gpu")
+
+
+class Runs:
+    """A Prefect client that knows the children of a key."""
+
+    def __init__(self, *children: tuple[int, datetime | None]) -> None:
+        self.children = [SimpleNamespace(id=UUID(int=number), created=created) for number, created in children]
+        self.ended: list[tuple[UUID, StateType]] = []
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read_flow_runs(self, flow_run_filter: Any) -> list[Any]:
+        assert flow_run_filter.tags.all_ == ["key-key"]
+        return self.children
+
+    def set_flow_run_state(self, run: UUID, state: State[Any], force: bool) -> None:
+        assert force
+        self.ended.append((run, state.type))
+
+
+@pytest.mark.parametrize(("ours", "ended"), [(1, []), (2, [(UUID(int=2), CANCELLED)])])
+def test_of_two_that_are_sent_at_once_the_first_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, ours: int, ended: list[tuple[UUID, StateType]]
+) -> None:
+    """By both pipelines, in whatever order the server names them."""
+    runs = Runs((2, datetime(2026, 1, 1, 0, 0, 2, tzinfo=UTC)), (1, datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)))
+    monkeypatch.setattr(module, "get_client", lambda **_: runs)
+    sent: Any = SimpleNamespace(id=UUID(int=ours))
+    assert module._first(sent, "key").id == UUID(int=1)
+    assert runs.ended == ended
+
+
+def test_one_that_has_ended_already_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_client", lambda **_: Runs())
+    sent: Any = SimpleNamespace(id=UUID(int=1))
+    assert module._first(sent, "key") is sent
