@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 from prefect.automations import Automation
+from prefect.events import EventTrigger
 
 from flows import deploy as module
 from flows.deploy import SILENCE, automation
@@ -15,11 +16,12 @@ from flows.deploy import SILENCE, automation
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_an_automation_that_is_there_already_is_left_alone(monkeypatch: pytest.MonkeyPatch, changed: bool) -> None:
-    """Whoever is silent already would be forgotten by an update. The server has given it and its trigger an id."""
+    """Whoever is silent already would be forgotten by an update."""
     kept = Automation.model_validate_json(automation().model_dump_json())
-    kept.id, kept.trigger.id = uuid4(), uuid4()
+    kept.id = uuid4()
+    assert isinstance(kept.trigger, EventTrigger)
     if changed:
-        kept.trigger.within = 2 * SILENCE  # type: ignore[union-attr]
+        kept.trigger.within = 2 * SILENCE
     server = SimpleNamespace(read_automations_by_name=lambda _: [kept])
     monkeypatch.setattr(module, "get_client", lambda **_: nullcontext(server))
     updated: list[Automation] = []
