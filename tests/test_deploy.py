@@ -25,6 +25,6 @@ def test_an_automation_that_is_there_already_is_left_alone(monkeypatch: pytest.M
     server = SimpleNamespace(read_automations_by_name=lambda _: [kept])
     monkeypatch.setattr(module, "get_client", lambda **_: nullcontext(server))
     updated: list[Automation] = []
-    monkeypatch.setattr(Automation, "update", updated.append)
+    monkeypatch.setattr(Automation, "update", lambda one: updated.append(one))
     module._ensure(automation())
     assert [one.id for one in updated] == ([kept.id] if changed else [])

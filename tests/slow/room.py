@@ -144,11 +144,18 @@ def room(folder: Path, *arguments: str) -> Iterator[Room]:
     """A control room that is up; nothing of it is left after the block."""
     made = Room(folder / "state", folder / "up.log")
     made.state.mkdir(parents=True)
+    with again(made, *arguments):
+        yield made
+
+
+@contextmanager
+def again(made: Room, *arguments: str) -> Iterator[None]:
+    """The same room, up once more."""
     ports = ["--prefect-port", str(made.prefect_port), "--mlflow-port", str(made.mlflow_port)]
     with made.log.open("w") as file, _up(made.state, file, *ports, *arguments) as child:
         wait_for(lambda: "stops it all" in made.log.read_text() or child.poll() is not None, 240, "posttrain up")
         assert child.poll() is None, made.log.read_text()
-        yield made
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import INIT, ROOT
-from room import Room, Row, local, room, wait_for
+from room import Room, Row, again, local, room, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +132,26 @@ def test_cancelled_when_its_worker_is_gone(up: Room, recipe: Path) -> None:
     assert [path for path in up.saved() if path.is_dir()], "what it has saved is kept"
     up.completed(other)
     assert up.working() == []
+
+
+def test_down_and_up_again_while_a_step_runs(folder: Path, recipe: Path, undisturbed: Callable[[int], str]) -> None:
+    """Nothing says Running that does not run; what was stopped goes on by itself."""
+    with room(folder / "twice") as made:
+        made.command("run", str(folder / "rows.yaml"))
+        parent = made.submit(recipe, "seed=22")
+        wait_for(made.saved, 240, "a saved state")
+        (child,) = [run["id"] for run in made.children(parent)]
+    with sqlite3.connect(made.state / "prefect" / "prefect.db") as database:
+        told = dict(database.execute("select name, state_type from flow_run where id in (?, ?)", (parent, child)).fetchall())
+    assert told == {"killed": "CRASHED", "sft": "CRASHED"}
+    with again(made):
+        began = time.monotonic()
+        made.completed(parent, 400)
+        print(f"down and up again: all ended right {time.monotonic() - began:.0f} s later")
+        (run,) = made.mlflow_runs("sft")
+        assert (run["info"]["status"], tags(run)["posttrain.status"]) == ("FINISHED", "resumed")
+        assert undisturbed(22) in tags(run)["posttrain.outputs"]
+        assert made.working() == []
 
 
 def tags(run: Row) -> dict[str, str]:
