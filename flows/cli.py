@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -79,14 +80,11 @@ def parser() -> argparse.ArgumentParser:
 def run_command(options: argparse.Namespace) -> int:
     """`posttrain run`."""
     stdout = _divert_stdout()
-    from flows.recipe import near, parse, read_recipe
-    from stages.specs import STAGES
+    from flows.recipe import parse, read_recipe
 
     seeds = options.seeds or [options.seed]
     every = [read_recipe(options.recipe, options.settings, seed) for seed in seeds]
-    flow = every[0]["flow"]
-    if flow not in (names := [*PIPELINES, *STAGES]):
-        raise InputError(f"{options.recipe}: no flow is named {flow!r}{near(flow, names)}")
+    flow = flow_of(every[0], options.recipe)
     if flow == "rounds" and options.seeds:
         raise InputError("--seeds: a start is one round of one story; give each seed a name too: --seed 1 --set name=rounds-1")
     if flow != "rounds" and options.labels:
@@ -150,10 +148,15 @@ def label_command(options: argparse.Namespace) -> int:
 def _detached(options: argparse.Namespace, every: list[dict[str, Any]], stdout: TextIO) -> int:
     from flows.deploy import start
     from flows.recipe import parse
+    from flows.runner import check_pools
 
     require_servers()
     definition = definition_of(every[0]["flow"])
-    for recipe in [parse(definition.recipe, values, str(options.recipe)) for values in every]:
+    recipes = [parse(definition.recipe, values, str(options.recipe)) for values in every]
+    # Its run would say so too, but on a page.
+    for recipe in recipes:
+        check_pools(recipe)
+    for recipe in recipes:
         given = {"labels": options.labels} if options.labels else {}
         print(start(definition.flow, recipe, options.from_step, **given), file=stdout, flush=True)
     return 0
@@ -164,6 +167,17 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2") from None
+
+
+def flow_of(values: Mapping[str, Any], path: Path) -> str:
+    """The name of the flow that a recipe is for. Raises InputError when there is no such flow."""
+    from flows.recipe import near
+    from stages.specs import STAGES
+
+    flow = values["flow"]
+    if flow not in (names := [*PIPELINES, *STAGES]):
+        raise InputError(f"{path}: no flow is named {flow!r}{near(str(flow), names)}")
+    return flow
 
 
 def definition_of(name: str) -> Definition:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from stages.errors import InputError
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST_DAYS = 3650
+LAST_PORT = 65535
 
 
 def about_servers(commands: Any) -> None:
@@ -60,6 +65,10 @@ def up_command(options: argparse.Namespace) -> int:
     mlflow = options.mlflow or server()
     if (prefect is None) != (mlflow is None):
         raise InputError("to join servers give the addresses of both, with --prefect and --mlflow")
+    if prefect is None and options.prefect_port == options.mlflow_port:
+        raise InputError(
+            f"--prefect-port and --mlflow-port are both {options.prefect_port}: give each server a port of its own"
+        )
     root = configure_environment()
     from flows.control import POOLS, Up, up
     from flows.pool_file import PoolFile, read_pools
@@ -96,13 +105,17 @@ def deploy_command(options: argparse.Namespace) -> int:
     configure_environment()
     from datetime import timedelta
 
-    from flows.cli import definition_of
-    from flows.deploy import deploy_recipe
+    from flows.cli import definition_of, flow_of
     from flows.recipe import parse, read_recipe
 
-    require_servers()
     values = read_recipe(options.recipe, options.settings, options.seed)
-    definition = definition_of(values["flow"])
+    definition = definition_of(flow_of(values, options.recipe))
+    from flows.deploy import check_cron, deploy_recipe
+
+    # Not while the arguments are read: Prefect's rules come with Prefect, which must see the environment first.
+    if options.cron is not None:
+        check_cron(options.cron)
+    require_servers()
     recipe = parse(definition.recipe, values, str(options.recipe))
     every = None if options.every is None else timedelta(seconds=options.every)
     print(deploy_recipe(definition.flow, recipe, every, options.cron))
@@ -124,8 +137,8 @@ def _places(command: argparse.ArgumentParser) -> None:
         help="where the servers listen: this machine alone when not given, 0.0.0.0 for all networks. Others are let in by "
         "$POSTTRAIN_USER and $POSTTRAIN_PASSWORD alone, which must be set here and there",
     )
-    command.add_argument("--prefect-port", type=int, default=4200, help="4200 when not given")
-    command.add_argument("--mlflow-port", type=int, default=5000, help="5000 when not given")
+    command.add_argument("--prefect-port", type=_port, metavar="PORT", default=4200, help="4200 when not given")
+    command.add_argument("--mlflow-port", type=_port, metavar="PORT", default=5000, help="5000 when not given")
 
 
 def _names(text: str) -> list[str]:
@@ -133,7 +146,16 @@ def _names(text: str) -> list[str]:
 
 
 def _duration(text: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    if text[-1:] not in units or not text[:-1].isdigit() or int(text[:-1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number with its unit, such as 90s, 30m, 12h or 7d")
-    return int(text[:-1]) * units[text[-1]]
+    # No more digits than the longest time has seconds: Python itself refuses to read very long ones.
+    seconds = int(text[:-1]) * UNITS[text[-1]] if re.fullmatch(r"[0-9]{1,9}[smhd]", text) else 0
+    if not 0 < seconds <= LONGEST_DAYS * UNITS["d"]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number with its unit, such as 90s, 30m, 12h or 7d, and at most {LONGEST_DAYS}d"
+        )
+    return seconds
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a port: a number from 1 to {LAST_PORT}")
+    return int(text)

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Flow, get_client
+
+# What the server computes times with.
+from prefect._vendor.croniter import CroniterBadDateError, croniter
 from prefect.automations import Automation
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import ChangeFlowRunState, EventTrigger, Posture
@@ -34,6 +38,7 @@ from flows.job_templates import template
 from flows.pool_file import CONTROL, Pool, PoolFile, ProcessPool, Servers
 from flows.recipe import Recipe
 from flows.step import step
+from stages.errors import InputError
 from stages.specs import STAGES
 from tasks.home import OURS_TAG
 
@@ -41,6 +46,8 @@ PIPELINE_TAG = "pipeline"
 # A flow run tells every 30 s that it lives.
 SILENCE = timedelta(seconds=90)
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+CRON_FIELDS = 5
+CRON = "must be five fields, minute, hour, day, month and weekday, such as '30 7 * * mon-fri', or a word such as @daily"
 
 
 def deploy(directory: Path, file: PoolFile, servers: Servers) -> list[str]:
@@ -93,6 +100,21 @@ def deployment(
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW) if schedule else None
     fields = {"parameters": given, "schedule": schedule, "concurrency_limit": limit}
     return on_pool(flow, CONTROL, name=name, tags=[OURS_TAG, PIPELINE_TAG], **fields)
+
+
+def check_cron(text: str) -> None:
+    """Raise InputError when `--cron` is no schedule that the server's scheduler can follow, or one whose time never comes."""
+    # Prefect would take a sixth and a seventh field, for seconds and years: where others have seconds first, it has them last.
+    if not text.isascii() or (len(text.split()) != CRON_FIELDS and not text.startswith("@")):
+        raise InputError(f"--cron {text!r}: {CRON}")
+    try:
+        CronSchedule(cron=text)
+    except ValueError as error:
+        raise InputError(f"--cron {text!r}: {CRON}, each within its range") from error
+    try:
+        croniter(text).get_next()
+    except CroniterBadDateError as error:
+        raise InputError(f"--cron {text!r}: no such time ever comes; look at its day and month") from error
 
 
 def deploy_recipe(flow: Flow[..., Any], recipe: Recipe, every: timedelta | None = None, cron: str | None = None) -> str:

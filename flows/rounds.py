@@ -31,7 +31,7 @@ from flows.beginning import prepare
 from flows.forms import recipe_flow
 from flows.iterations import again
 from flows.rounds_recipe import RoundsRecipe
-from flows.runner import Definition, begun, losses
+from flows.runner import Definition, begun, check_pools, losses
 from stages.artifacts import Model
 from stages.errors import InputError
 from stages.specs.prepare import PrepareConfig, Slice
@@ -199,6 +199,7 @@ def rounds(
     store = Store(configure_environment())
     # A round that takes its process down each time must not be started for ever.
     losses()
+    check_pools(recipe)
     try:
         with alone(store, recipe.name, lambda owner: _say(f"waiting for the lease of {owner}")):
             return _run(store, recipe, from_step, labels)

@@ -12,9 +12,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 from rich.console import Console
 
-from flows.recipe import Recipe
+from flows.recipe import Recipe, near
 from stages.artifacts import Dataset, Model
+from stages.errors import InputError
 from tasks import display
+from tasks.dispatch import step_pools
 from tasks.execute import StepResult
 from tasks.home import configure_environment, server
 from tasks.live import Live, Table
@@ -44,6 +46,7 @@ def run_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> li
     store = Store(configure_environment())
     # A pipeline that takes its process down each time must not be started for ever.
     losses()
+    check_pools(recipe)
     pipeline_id = str(flow_run.id)
     inputs = resolve_inputs(store, recipe.name, recipe.references(), pipeline_id)
     # A missing input or an unknown step shows here, before anything is computed.
@@ -79,6 +82,19 @@ def losses() -> int:
     if lost >= LOSSES:
         raise RuntimeError(f"its process was lost {lost} times; look in the workers' logs why, then start it again")
     return lost
+
+
+def check_pools(recipe: Recipe) -> None:
+    """Raise InputError when servers are used and a pool that the recipe names takes no steps there: the step that is to go to
+    it may come hours later."""
+    named = {field: pool for field, pool in dict(recipe.pools).items() if pool}
+    if not named or server() is None:
+        return
+    with get_client(sync_client=True) as client:
+        pools = step_pools(client)
+    for field, pool in named.items():
+        if pool not in pools:
+            raise InputError(f"pools.{field}: no work pool that takes steps is named {pool}{near(pool, pools)}")
 
 
 def plan_pipeline(recipe: R, steps: Steps[R], from_step: str | None = None) -> Pipeline:

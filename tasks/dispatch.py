@@ -15,6 +15,8 @@ from httpx import HTTPError
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -31,6 +33,8 @@ from tasks import display
 from tasks.home import server
 from tasks.plan import StepCall
 
+# The flow of flows/step.py, whose deployments are named as their pools.
+STEP = "step"
 POLL_SECONDS = 1.0
 # How long the Prefect server may be away, and how often a child may be lost, before a step gives up.
 PATIENCE_SECONDS = 600.0
@@ -64,8 +68,15 @@ def dispatch(call: StepCall, key: str, pool: str) -> None:
             if losses >= LOSSES:
                 raise RuntimeError(f"{call.name}: its process on {pool} was lost {losses} times; at last: {state.message}")
         elif ours:
-            raise RuntimeError(f"{call.name}: {state.message or state.name}")
+            raise RuntimeError(f"{call.name}: {_words(state, pool)}")
         # Another pipeline's child that ended otherwise says nothing about ours.
+
+
+def step_pools(client: SyncPrefectClient) -> list[str]:
+    """The work pools that take steps: those that `posttrain up` has given the deployment of a step. `control` has none."""
+    found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[STEP])))
+    # One whose pool was deleted stays.
+    return sorted(one.name for one in found if one.work_pool_name)
 
 
 def tag(key: str) -> str:
@@ -96,7 +107,7 @@ def _send(call: StepCall, key: str, pool: str) -> FlowRun:
     try:
         # In a thread without a loop it returns what it made, whatever its type says.
         sent = run_deployment(
-            f"step/{pool}",
+            f"{STEP}/{pool}",
             parameters={"call": call.model_dump(mode="json"), "key": key},
             flow_run_name=call.name,
             tags=[tag(key), f"stage-{call.stage}"],
@@ -109,8 +120,15 @@ def _send(call: StepCall, key: str, pool: str) -> FlowRun:
         return sent
     except ObjectNotFound as error:
         with get_client(sync_client=True) as client:
-            pools = ", ".join(sorted(found.name for found in client.read_work_pools()))
-        raise InputError(f"{call.name}: no work pool {pool} takes steps; the pools are {pools}") from error
+            pools = ", ".join(step_pools(client))
+        raise InputError(f"{call.name}: no work pool {pool} takes steps; those that do are {pools}") from error
+
+
+def _words(state: State, pool: str) -> str:
+    """Why a child ended without what was asked of it. Prefect's own words of one that was cancelled say that it went well."""
+    if state.type == StateType.CANCELLED:
+        return f"its flow run on {pool} was cancelled"
+    return str(state.message or state.name)
 
 
 def _wait(call: StepCall, child: FlowRun, pool: str, ours: bool) -> State:

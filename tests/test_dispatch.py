@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from uuid import UUID
 
 import pytest
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import ObjectNotFound
 
+from flows.step import step
 from stages.errors import InputError
 from tasks import dispatch as module
 from tasks.dispatch import LOSSES, dispatch
@@ -78,10 +81,30 @@ def test_one_that_is_always_lost_is_given_up(play: Play) -> None:
         play([], [CRASHED] * LOSSES)
 
 
-@pytest.mark.parametrize("end", [FAILED, CANCELLED])
-def test_a_child_that_failed_says_why(play: Play, end: StateType) -> None:
-    with pytest.raises(RuntimeError, match="tune: its words"):
+@pytest.mark.parametrize(("end", "words"), [(FAILED, "its words"), (CANCELLED, "its flow run on gpu was cancelled")])
+def test_a_child_that_failed_says_why(play: Play, end: StateType, words: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^tune: {words}$"):
         play([], [end])
+
+
+def test_a_pool_that_takes_no_steps_is_refused_with_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise ObjectNotFound(RuntimeError("404"))
+
+    monkeypatch.setattr(module, "run_deployment", missing)
+    monkeypatch.setattr(module, "get_client", lambda **_: nullcontext(Deployments()))
+    with pytest.raises(InputError, match=r"^tune: no work pool control takes steps; those that do are cpu, gpu$"):
+        module._send(CALL, "key", "control")
+
+
+class Deployments:
+    """A Prefect client that knows deployments of steps, one of them without its pool."""
+
+    def read_deployments(self, flow_filter: Any) -> list[Any]:
+        assert flow_filter.name.any_ == [step.name]
+        return [
+            SimpleNamespace(name=name, work_pool_name=pool) for name, pool in (("gpu", "gpu"), ("cpu", "cpu"), ("old", None))
+        ]
 
 
 def test_without_servers_it_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +119,6 @@ class Runs:
     def __init__(self, *children: tuple[int, datetime | None]) -> None:
         self.children = [SimpleNamespace(id=UUID(int=number), created=created) for number, created in children]
         self.ended: list[tuple[UUID, StateType]] = []
-
-    def __enter__(self) -> Runs:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
     def read_flow_runs(self, flow_run_filter: Any) -> list[Any]:
         assert flow_run_filter.tags.all_ == ["key-key"]
@@ -117,13 +135,13 @@ def test_of_two_that_are_sent_at_once_the_first_is_waited_for(
 ) -> None:
     """By both pipelines, in whatever order the server names them."""
     runs = Runs((2, datetime(2026, 1, 1, 0, 0, 2, tzinfo=UTC)), (1, datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)))
-    monkeypatch.setattr(module, "get_client", lambda **_: runs)
+    monkeypatch.setattr(module, "get_client", lambda **_: nullcontext(runs))
     sent: Any = SimpleNamespace(id=UUID(int=ours))
     assert module._first(sent, "key").id == UUID(int=1)
     assert runs.ended == ended
 
 
 def test_one_that_has_ended_already_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_client", lambda **_: Runs())
+    monkeypatch.setattr(module, "get_client", lambda **_: nullcontext(Runs()))
     sent: Any = SimpleNamespace(id=UUID(int=1))
     assert module._first(sent, "key") is sent
