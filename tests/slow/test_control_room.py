@@ -148,7 +148,10 @@ def test_of_two_at_once_one_computes(up: Room, folder: Path) -> None:
     assert len(made) == 1
     key = tags(made[0])["posttrain.key"]
     sent = [run for run in up.flow_runs() if f"key-{key[:32]}" in run["tags"]]
-    assert all(run["state_type"] == "COMPLETED" for run in sent)
+    # One that was sent a moment too late is taken back.
+    ends = [run["state_type"] for run in sent]
+    assert ends.count("COMPLETED") == 1
+    assert set(ends) <= {"COMPLETED", "CANCELLED"}
     print(f"two at once: {len(sent)} child flow runs, one MLflow run")
 
 
