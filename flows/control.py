@@ -97,7 +97,8 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
         draft = record.with_suffix(".draft")
         draft.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "artifacts": artifacts}))
         draft.replace(record)
-        if (asked.pools or asked.file.pools) and not asked.joins:
+        serves = not asked.joins and bool(asked.pools or asked.file.pools)
+        if serves:
             from flows.deploy import deploy
 
             deploy(Path.cwd(), asked.file, for_jobs)
@@ -105,7 +106,7 @@ def up(root: Path, asked: Up, say: Callable[[str], None]) -> None:
         from flows.keeper import keep, leave
 
         stack.callback(leave, root)
-        keep(root, say, None if asked.joins else _of_processes(asked.file))
+        keep(root, say, _of_processes(asked.file) if serves else None)
         workers = _workers(root, asked)
         _start(stack, workers)
         shown = asked.told
