@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -159,23 +159,25 @@ def again(made: Room, *arguments: str) -> Iterator[None]:
 
 
 @contextmanager
-def elsewhere(folder: Path, of: Room, *arguments: str) -> Iterator[Path]:
-    """The state folder of workers that join a room from another machine."""
+def elsewhere(folder: Path, of: Room, *arguments: str, lost: bool = False) -> Iterator[Path]:
+    """The state folder of workers that join a room from another machine, which is lost in the end or stopped."""
     state, log = folder / "elsewhere", folder / "elsewhere.log"
     state.mkdir(parents=True)
     join = ["--prefect", of.addresses[0], "--mlflow", of.addresses[1]]
-    with log.open("w") as file, _up(state, file, *join, *arguments) as child:
+    with log.open("w") as file, _up(state, file, *join, *arguments, lost=lost) as child:
         wait_for(lambda: "stops it all" in log.read_text() or child.poll() is not None, 120, "a worker elsewhere")
         assert child.poll() is None, log.read_text()
         yield state
 
 
 @contextmanager
-def _up(state: Path, log: IO[str], *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def _up(state: Path, log: IO[str], *arguments: str, lost: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     child = in_own_group(state, log, "up", *arguments)
     try:
         yield child
         assert child.poll() is None, "it ended by itself"
+        if lost:
+            return
         child.terminate()
         assert child.wait(120) == 0
         # What a stopped worker has left may take a moment to end.
@@ -185,7 +187,8 @@ def _up(state: Path, log: IO[str], *arguments: str) -> Iterator[subprocess.Popen
             child.kill()
             child.wait()
         for path in processes_of(state):
-            os.kill(int(path.parent.name), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _read(path: Path) -> bytes:

@@ -156,7 +156,7 @@ def test_of_two_at_once_one_computes(up: Room, folder: Path) -> None:
 
 
 def test_a_worker_elsewhere_shares_no_disk_and_another_goes_on(folder: Path) -> None:
-    """A step begins on one machine and ends on another, with the bytes of one that ran at home."""
+    """A step begins on one machine, which is lost, and ends on another, with the bytes of one that ran at home."""
     path = recipe(folder, name="elsewhere", seed=13)
     local(folder / "alone", "run", str(folder / "rows.yaml"))
     alone = local(folder / "alone", "run", str(path), "--set", "pools={}")["sft"]
@@ -168,13 +168,16 @@ def test_a_worker_elsewhere_shares_no_disk_and_another_goes_on(folder: Path) -> 
         assert said.startswith("sft: no worker of the pool gpu has answered for 4 s: start one by `posttrain up --workers gpu`")
         (unsent,) = home.children(nobody)
         assert unsent["state_type"] == "CANCELLED"
-        with elsewhere(folder / "first", home, "--workers", "gpu") as first:
+        with elsewhere(folder / "first", home, "--workers", "gpu", lost=True) as first:
             run = home.submit(path)
             wait_for(lambda: list(first.glob("runs/*/state/step-*")), 240, "a saved state elsewhere")
             wait_for(lambda: list(home.state.glob("artifacts/*/*/artifacts/state/newest.json")), 60, "the state at home")
             assert not home.saved()
         with elsewhere(folder / "second", home, "--workers", "gpu") as second:
             home.completed(run, 400)
+            lost, sent = home.children(run)
+            assert (lost["state_name"], sent["state_name"]) == ("Crashed", "Completed")
+            assert "No sign of life" in lost["state"]["message"]
             assert list(second.glob("cache/*")), "what it reads came through the server"
             (made,) = [one for one in home.mlflow_runs("sft") if tags(one)["posttrain.recipe"] == "elsewhere"]
             assert tags(made)["posttrain.status"] == "resumed"
