@@ -37,6 +37,7 @@ def prefect_settings(root: Path, address: str) -> dict[str, str]:
         "PREFECT_API_URL": f"{address}/api",
         # The page is copied to a place that can surely be written.
         "PREFECT_UI_STATIC_DIRECTORY": str(root / "prefect" / "ui"),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # With the default of 5 s a busy machine loses events; who waits for a lock that is not given is stuck for as long.
         "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "15",
         # Leases live as long as the database that counts them: those in memory would be taken for ever by a restart.
