@@ -25,9 +25,9 @@ from pathlib import Path
 
 from flows import guard
 from flows.children import Child, keep_alive, until_stopped
+from flows.flow_process import LOG
 from flows.guard import LOOPBACK
 from flows.pool_file import CONTROL, DockerPool, PoolFile, Servers
-from flows.process import LOG
 from flows.processes import stop_left
 from flows.server import MLFLOW, PREFECT, mlflow_settings, prefect_settings, refuse_taken, uvicorn, wait_until_answered
 from stages.errors import InputError

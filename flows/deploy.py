@@ -142,7 +142,7 @@ def on_pool(flow: Flow[..., Any], pool: str, **fields: Any) -> RunnerDeployment:
 
 
 def automation() -> Automation:
-    """What the server does by itself for a flow run that a machine has lost, and its worker with it."""
+    """What the server does by itself for a flow run whose machine is lost: what else is lost `flows.keeper` finds there."""
     ours = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{OURS_TAG}"})
     beats = "prefect.flow-run.heartbeat"
     silent = EventTrigger(
@@ -159,7 +159,7 @@ def automation() -> Automation:
     message = f"No sign of life for {SILENCE.seconds} s"
     return Automation(
         name="posttrain: a flow run that is silent has crashed",
-        description="Nobody else tells of a run whose process and worker are both gone.",
+        description="Nobody else tells of a run whose machine is lost.",
         trigger=silent,
         actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=message, force=False)],
     )

@@ -43,7 +43,7 @@ def template(pool: Pool, servers: Servers, directory: Path | None = None) -> dic
     variables = made["variables"]["properties"]
     if isinstance(pool, ProcessPool):
         # As each worker's own PATH has it; so, too, Prefect starts one process for a run, in place of one after another.
-        defaults: dict[str, Any] = {"command": "python -m flows.process", "env": pool.env}
+        defaults: dict[str, Any] = {"command": "python -m flows.flow_process", "env": pool.env}
         defaults["working_dir"] = None if directory is None else str(directory)
     elif isinstance(pool, DockerPool):
         defaults = _docker(pool, servers)

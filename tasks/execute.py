@@ -165,7 +165,7 @@ def _compute(store: Store, call: StepCall, key: str, held: Held) -> Status:
             launch(_request(store, call, key, folder), call.launch, listener)
         recorder.flush()
         made = made_outputs(folder, call.spec())
-        if not held.check() and store.find(key)[0] is not None:
+        if not held.check() and store.is_complete(run_id):
             # Another machine had it for a while, and went on with this run to its end.
             shutil.rmtree(folder)
             return "skipped"

@@ -95,6 +95,10 @@ class Store:
         ids = [experiment.experiment_id for experiment in experiments]
         return list(self.client.search_runs(ids, condition, order_by=["attributes.start_time DESC"], max_results=1000))
 
+    def is_complete(self, run_id: str) -> bool:
+        """Whether a run has published its outputs."""
+        return OUTPUTS in self.client.get_run(run_id).data.tags
+
     def find(self, key: str, full: bool = False) -> tuple[Published | None, str | None]:
         """The complete run of a key whose artifacts are whole, and otherwise why there is none (None: never computed)."""
         reason = None

@@ -195,6 +195,16 @@ def test_a_lease_that_was_lost_for_a_while(
     assert not list((store.root / "runs").iterdir())
 
 
+def test_a_recompute_that_nobody_else_went_on_with_is_published(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease was lost for a while; that the same was published before says nothing of it."""
+    call = prepare_call(store)
+    execute.fn(call)
+    monkeypatch.setattr(Held, "check", lambda _: False)
+    result = execute.fn(call.model_copy(update={"recompute": True}))
+    assert (result.status, result.artifacts["train"].version) == ("ran", "2")
+    assert {run.info.status for run in store.runs(key=call.key())} == {"FINISHED"}
+
+
 def test_a_failing_stage_publishes_nothing_and_harms_nothing(store: Store) -> None:
     good = execute.fn(prepare_call(store))
     bad = prepare_call(store).model_copy(update={"config": {"rows": 20, "filters": {"min_prompt_chars": 10_000}}})

@@ -16,19 +16,19 @@ from conftest import ROOT
 RUN = """
 import signal, sys, time
 from pathlib import Path
-from flows import process
+from flows import flow_process
 
 def end(number, frame):
     raise SystemExit
 
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGTERM, end)
-process.POLL_SECONDS = 0.05
-process._cancelling = lambda flow_run: flow_run == "a run" and (folder / "wanted").exists()
-process._cancel = lambda flow_run: (folder / "cancelled").write_text(flow_run)
-process.write_to(str(folder / "log"))
+flow_process.POLL_SECONDS = 0.05
+flow_process._cancelling = lambda flow_run: flow_run == "a run" and (folder / "wanted").exists()
+flow_process._cancel = lambda flow_run: (folder / "cancelled").write_text(flow_run)
+flow_process.write_to(str(folder / "log"))
 print("it begins", flush=True)
-with process.cancelled_without_worker("a run"):
+with flow_process.cancelled_without_worker("a run"):
     while not (folder / "over").exists():
         time.sleep(0.05)
 print("it ends by itself", flush=True)
