@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,13 @@ WORKER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '''{RUN
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> subprocess.Popen[bytes]:
+def worker(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     made = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], cwd=ROOT)
     wait_for(tmp_path / "log", "it begins")
-    return made
+    yield made
+    # Also when the test has failed nothing goes on.
+    (tmp_path / "over").touch()
+    made.wait(20)
 
 
 def wait_for(file: Path, text: str) -> None:
