@@ -21,7 +21,7 @@ from stages.errors import InputError
 
 STARTUP_SECONDS = 120
 HOST = "127.0.0.1"
-PREFECT = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on")
+PREFECT = ("--factory", "flows.prefect_api:create_app", "--lifespan", "on")
 MLFLOW = ("mlflow.server.fastapi_app:app",)
 
 
@@ -38,8 +38,6 @@ def prefect_settings(root: Path, address: str) -> dict[str, str]:
         # The page is copied to a place that can surely be written.
         "PREFECT_UI_STATIC_DIRECTORY": str(root / "prefect" / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        # With the default of 5 s a busy machine loses events; who waits for a lock that is not given is stuck for as long.
-        "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "15",
         # Leases live as long as the database that counts them: those in memory would be taken for ever by a restart.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

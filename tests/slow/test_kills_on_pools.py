@@ -77,7 +77,7 @@ def victims(up: Room, what: str, parent: str, child: str) -> list[int]:
         "the child": lambda: up.process_of(child),
         "the worker": lambda: up.processes(worker),
         "the worker and the child": lambda: up.processes(worker) + up.process_of(child),
-        "the Prefect server": lambda: up.processes("prefect.server.api.server:create_app"),
+        "the Prefect server": lambda: up.processes("flows.prefect_api:create_app"),
         "the MLflow server": lambda: up.processes("mlflow.server.fastapi_app"),
     }[what]()
 
