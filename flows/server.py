@@ -23,6 +23,7 @@ STARTUP_SECONDS = 120
 HOST = "127.0.0.1"
 PREFECT = ("--factory", "flows.prefect_api:create_app", "--lifespan", "on")
 MLFLOW = ("mlflow.server.fastapi_app:app",)
+DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 
 
 def uvicorn(application: tuple[str, ...], host: str, port: int) -> list[str]:
@@ -31,8 +32,12 @@ def uvicorn(application: tuple[str, ...], host: str, port: int) -> list[str]:
 
 
 def prefect_settings(root: Path, address: str) -> dict[str, str]:
-    """The environment of a Prefect server with its page."""
-    return {
+    """The environment of a Prefect server with its page.
+
+    Where its database is, and the password to it, moves there from this process's: workers and steps have no use for it.
+    """
+    database = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(DATABASE)}
+    return database | {
         # The page calls the address that it is told, else that of port 4200.
         "PREFECT_API_URL": f"{address}/api",
         # The page is copied to a place that can surely be written.

@@ -34,12 +34,12 @@ def posttrain(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def in_own_group(state: Path, log: IO[str], *arguments: str) -> subprocess.Popen[bytes]:
-    """The command in a process group of its own, which ctrl-C reaches as a terminal's does."""
+def in_own_group(state: Path, log: IO[str], *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+    """The command, with settings in its environment, in a process group of its own: ctrl-C reaches it as a terminal's does."""
     return subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=ROOT,
-        env=environment_for(state),
+        env=environment_for(state) | settings,
         stdout=log,
         stderr=log,
         process_group=0,

@@ -1,9 +1,10 @@
-"""A statement that failed on SQLite does not stop the event loop later."""
+"""Prefect's API as it is served here: a statement that failed on SQLite does not stop its event loop later."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from pathlib import Path
 
 import aiosqlite
@@ -14,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from flows.prefect_api import METHODS, close_failed_cursors
+from flows.server import prefect_settings
 
 WAIT_MS = 3000
 
@@ -73,3 +75,12 @@ def test_a_failed_statement_does_not_stop_the_loop(closes: bool, tmp_path: Path,
         assert asyncio.run(waits_and_writes(tmp_path / "rows.db")) == ("written" if closes else "timed out")
     finally:
         gc.enable()
+
+
+def test_only_the_server_is_told_of_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql+asyncpg://ada:secret@db/prefect"
+    told = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url, "PREFECT_API_DATABASE_TIMEOUT": "30"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert prefect_settings(tmp_path, "http://127.0.0.1:4200").items() >= told.items()
+    assert not os.environ.keys() & told.keys()

@@ -140,19 +140,19 @@ class Room:
 
 
 @contextmanager
-def room(folder: Path, *arguments: str) -> Iterator[Room]:
-    """A control room that is up; nothing of it is left after the block."""
+def room(folder: Path, *arguments: str, **settings: str) -> Iterator[Room]:
+    """A control room that is up, with these settings in its environment; nothing of it is left after the block."""
     made = Room(folder / "state", folder / "up.log")
     made.state.mkdir(parents=True)
-    with again(made, *arguments):
+    with again(made, *arguments, **settings):
         yield made
 
 
 @contextmanager
-def again(made: Room, *arguments: str) -> Iterator[None]:
+def again(made: Room, *arguments: str, **settings: str) -> Iterator[None]:
     """The same room, up once more."""
     ports = ["--prefect-port", str(made.prefect_port), "--mlflow-port", str(made.mlflow_port)]
-    with made.log.open("w") as file, _up(made.state, file, *ports, *arguments) as child:
+    with made.log.open("w") as file, _up(made.state, file, [*ports, *arguments], settings) as child:
         wait_for(lambda: "stops it all" in made.log.read_text() or child.poll() is not None, 240, "posttrain up")
         assert child.poll() is None, made.log.read_text()
         yield
@@ -164,15 +164,17 @@ def elsewhere(folder: Path, of: Room, *arguments: str, lost: bool = False) -> It
     state, log = folder / "elsewhere", folder / "elsewhere.log"
     state.mkdir(parents=True)
     join = ["--prefect", of.addresses[0], "--mlflow", of.addresses[1]]
-    with log.open("w") as file, _up(state, file, *join, *arguments, lost=lost) as child:
+    with log.open("w") as file, _up(state, file, [*join, *arguments], {}, lost) as child:
         wait_for(lambda: "stops it all" in log.read_text() or child.poll() is not None, 120, "a worker elsewhere")
         assert child.poll() is None, log.read_text()
         yield state
 
 
 @contextmanager
-def _up(state: Path, log: IO[str], *arguments: str, lost: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    child = in_own_group(state, log, "up", *arguments)
+def _up(
+    state: Path, log: IO[str], arguments: list[str], settings: dict[str, str], lost: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    child = in_own_group(state, log, "up", *arguments, **settings)
     try:
         yield child
         assert child.poll() is None, "it ended by itself"
