@@ -111,12 +111,15 @@ def deploy_command(options: argparse.Namespace) -> int:
     values = read_recipe(options.recipe, options.settings, options.seed)
     definition = definition_of(flow_of(values, options.recipe))
     from flows.deploy import check_cron, deploy_recipe
+    from flows.runner import check_pools
 
     # Not while the arguments are read: Prefect's rules come with Prefect, which must see the environment first.
     if options.cron is not None:
         check_cron(options.cron)
     require_servers()
     recipe = parse(definition.recipe, values, str(options.recipe))
+    # Each of its runs would say so, on pages that nobody may look at.
+    check_pools(recipe)
     every = None if options.every is None else timedelta(seconds=options.every)
     print(deploy_recipe(definition.flow, recipe, every, options.cron))
     return 0

@@ -19,6 +19,7 @@ from flows.deploy import check_cron
 from flows.recipe import parse, read_recipe
 from flows.rlhf import RlhfRecipe
 from stages.errors import InputError
+from tasks import home
 
 DEPLOY = ("deploy", str(TINY))
 FIELDS = "must be five fields"
@@ -127,6 +128,13 @@ def test_a_pool_that_takes_no_steps_ends_a_run_before_its_steps(settings: list[s
     with pytest.raises(InputError) as refused:
         rounds.rounds.fn(tiny_rounds(*settings))
     assert str(refused.value) == words
+
+
+@pytest.mark.usefixtures("_servers")
+def test_a_pool_that_takes_no_steps_is_not_deployed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(home, "server", lambda: "http://somewhere")
+    assert main([*DEPLOY, "--set", "pools.ppo=gpus", "--every", "1h"]) == 2
+    assert capfd.readouterr().err == f"error: pools.ppo: {NAMED} gpus; did you mean gpu?\n"
 
 
 @pytest.mark.usefixtures("_servers")
