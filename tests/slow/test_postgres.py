@@ -81,7 +81,10 @@ def test_the_state_in_postgresql(postgres: Postgres, tmp_path: Path) -> None:
         up.command("run", str(tmp_path / "rows.yaml"))
         twins = [up.submit(tmp_path / "killed.yaml"), up.submit(tmp_path / "killed.yaml")]
         wait_for(up.saved, 240, "a saved state")
-        assert len(knowing(up, postgres.password)) == 2, "up itself and Prefect's server"
+        # A process that ends, or has just been forked, is looked at again.
+        wait_for(
+            lambda: len(knowing(up, postgres.password)) == 2, 20, "a password that up itself and Prefect's server have alone"
+        )
         (step,) = [process for parent in twins for run in up.children(parent) for process in up.process_of(run["id"])]
         (server,) = up.processes("flows.prefect_api:create_app")
         for process in (server, step):
